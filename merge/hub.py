@@ -1,0 +1,109 @@
+"""A Hugging Face id becomes a local folder: from the cache when it is there, else downloaded."""
+
+from __future__ import annotations
+
+import glob
+import re
+from pathlib import Path
+
+from ggez_merge.errors import Problem, Refused
+from ggez_merge.layout import choose, read_index
+
+_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*", re.ASCII)
+_BESIDE_WEIGHTS = [
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.tiktoken",
+]  # what a loader needs and a merge carries on
+_REMEDIES = {
+    "GatedRepoError": "accept the model's terms on its page, then log in with `hf auth login`",
+    "RepositoryNotFoundError": "check the spelling; a private model needs `hf auth login`",
+    "RevisionNotFoundError": "check the revision: a branch, a tag or a full commit hash",
+}
+
+
+def is_hub_id(reference: str) -> bool:
+    """Whether `reference` has the form organisation/name."""
+    return _ID.fullmatch(reference) is not None and not reference.endswith(".safetensors")
+
+
+def fetch(hub_id: str, revision: str | None, not_local: str) -> tuple[Path, str]:
+    """The snapshot folder of a model and its commit hash.
+
+    A complete snapshot in the cache is used as it is, with no network at all; to follow a branch that has
+    moved, run `hf download` first. Otherwise the files that a merge needs are downloaded: the weights that
+    `choose` picks (no pickles, no second copy of the weights) and the small files beside them.
+    Raises Refused, with the remedy; `not_local` says where a local path of that name was looked for.
+    """
+    try:
+        import huggingface_hub as hub
+    except ImportError:
+        raise Refused(
+            Problem(
+                f"{hub_id} is not a local path, and huggingface_hub is not installed to fetch it",
+                found=not_local,
+                remedy="pip install huggingface_hub, or give a local folder",
+            )
+        ) from None
+    cached = _cached(hub_id, revision)
+    if cached is not None:
+        return cached, cached.name
+    try:
+        folder = _snapshot(hub_id, revision)
+        commit = folder.name  # the weights must be of the same commit as the files beside them
+        siblings = hub.HfApi().model_info(hub_id, revision=commit).siblings or []
+        layout = choose([file.rfilename for file in siblings if "/" not in file.rfilename], hub_id)
+        weights = set(read_index(folder / layout.index).values()) if layout.index else set(layout.files)
+        hub.snapshot_download(
+            hub_id, revision=commit, allow_patterns=[glob.escape(name) for name in sorted(weights)]
+        )
+    except Refused:
+        raise
+    except (
+        Exception
+    ) as error:  # huggingface_hub lets the exceptions of its HTTP library through, whichever that is
+        kinds = [kind.__name__ for kind in type(error).__mro__]
+        remedy = next((_REMEDIES[kind] for kind in kinds if kind in _REMEDIES), None)
+        raise Refused(
+            Problem(
+                f"{hub_id} is not a local path and cannot be fetched from Hugging Face: {_first_line(error)}",
+                place=f"{hub_id}@{revision}" if revision else hub_id,
+                found=not_local,
+                remedy=remedy
+                or "check the network, or `hf download` it where there is one and give that folder",
+            )
+        ) from error
+    return folder, commit
+
+
+def _snapshot(hub_id: str, revision: str | None, local_files_only: bool = False) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(
+        snapshot_download(
+            hub_id,
+            revision=revision,
+            local_files_only=local_files_only,
+            allow_patterns=_BESIDE_WEIGHTS,
+            ignore_patterns=["*/*"],
+        )
+    )
+
+
+def _cached(hub_id: str, revision: str | None) -> Path | None:
+    """The cached snapshot if all weights are in it: huggingface_hub also returns incomplete folders."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = _snapshot(hub_id, revision, local_files_only=True)
+        layout = choose([path.name for path in folder.iterdir()], str(folder))
+        names = read_index(folder / layout.index).values() if layout.index else layout.files
+    except (LocalEntryNotFoundError, Refused):
+        return None
+    return folder if all((folder / name).exists() for name in names) else None
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,155 @@
+"""Which files of a folder are the checkpoint: one file, or shards with an index, as Hugging Face has them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from ggez_merge.errors import Problem, Refused
+from ggez_merge.untrusted import printable, read_json_bytes, strict_json
+
+INDEX_SUFFIX = ".safetensors.index.json"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_NUMBERED = re.compile(r"(?P<base>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The weight files of one folder. `index` is the index's file name; without one, `files` says it all."""
+
+    index: str | None
+    files: tuple[str, ...]
+
+
+def choose(names: Iterable[str], place: str) -> Layout:
+    """The checkpoint among the file names of one folder; raises Refused when there is none or more than one.
+
+    `model.safetensors.index.json` or `model.safetensors` comes before any other name, as it does for loaders;
+    otherwise the folder must hold exactly one index, one file, or one complete set of numbered shards.
+    """
+    names = sorted(names)
+    indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
+    weights = [name for name in names if name.endswith(".safetensors")]
+    numbered = {name: match for name in weights if (match := _NUMBERED.fullmatch(name))}
+    singles = [name for name in weights if name not in numbered]
+    if "model" + INDEX_SUFFIX in indexes:
+        return Layout("model" + INDEX_SUFFIX, ())
+    if "model.safetensors" in singles and not any(match["base"] == "model" for match in numbered.values()):
+        return Layout(None, ("model.safetensors",))
+    if len(indexes) == 1:
+        return Layout(indexes[0], ())
+    if not indexes and not numbered and len(singles) == 1:
+        return Layout(None, (singles[0],))
+    sets = {(match["base"], int(match["total"])) for match in numbered.values()}
+    if not indexes and not singles and len(sets) == 1:
+        base, total = sets.pop()
+        full = [f"{base}-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
+        if weights == full:
+            return Layout(None, tuple(full))
+        raise Refused(
+            Problem(
+                "shards of the checkpoint are missing",
+                place=place,
+                expected=f"{total} shards {base}-*-of-{total:05d}",
+                found=_some(weights),
+                remedy="download the folder again, including its .safetensors.index.json",
+            )
+        )
+    if weights or indexes:
+        raise Refused(
+            Problem(
+                "it is not clear which files are the checkpoint",
+                place=place,
+                expected="model.safetensors, one index, or one complete set of numbered shards",
+                found=_some(indexes + weights),
+                remedy="name the .safetensors file itself, or remove what does not belong",
+            )
+        )
+    raise Refused(_nothing(names, place))
+
+
+def _nothing(names: list[str], place: str) -> Problem:
+    pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
+    if pickles:
+        return pickled(place, _some(pickles))
+    remedy = "give the folder that holds the .safetensors files"
+    if "model_index.json" in names:
+        remedy = f"this is a diffusers pipeline: give one of its folders, such as {place}/unet"
+    return Problem(
+        "no safetensors checkpoint here", place=place, found=_some(names) or "nothing", remedy=remedy
+    )
+
+
+def pickled(place: str, found: str) -> Problem:
+    """The refusal of a pickle checkpoint: loading one runs whatever code is in it."""
+    return Problem(
+        "the weights are pickles, which can run code when they are loaded",
+        place=place,
+        expected=".safetensors files",
+        found=found,
+        remedy="save it anew: transformers' from_pretrained(...).save_pretrained(...) writes safetensors",
+    )
+
+
+def _some(names: list[str], limit: int = 6) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(printable(name) for name in names[:limit]) + more
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> shard file name, from an index; raises Refused with every unacceptable name."""
+    remedy = "download the index again, or write it anew by saving the model again"
+    try:
+        index = strict_json(read_json_bytes(path))
+    except (OSError, ValueError) as error:
+        raise Refused(Problem(f"the index cannot be read: {error}", place=str(path), remedy=remedy)) from None
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise Refused(
+            Problem(
+                "the index has no weight_map",
+                place=str(path),
+                expected='{"weight_map": {tensor: shard, ...}}',
+                remedy=remedy,
+            )
+        )
+    shards = {repr(shard): shard for shard in weight_map.values()}.values()
+    problems = [
+        Problem(
+            "the index names a shard that is not a plain file name inside its folder",
+            place=str(path),
+            expected="a name such as model-00001-of-00002.safetensors",
+            found=printable(repr(shard)),
+            remedy=remedy,
+        )
+        for shard in shards
+        if not _is_plain(shard)
+    ]
+    if problems:
+        raise Refused(problems)
+    lone = path.with_name("model.safetensors")
+    if path.name == "model" + INDEX_SUFFIX and lone.name not in shards and lone.exists():
+        raise Refused(
+            Problem(
+                "two checkpoints in one folder: model.safetensors, and an index that does not name it",
+                place=str(path.parent),
+                remedy="remove the one that is out of date, or name model.safetensors itself",
+            )
+        )
+    return weight_map
+
+
+def _is_plain(shard: object) -> bool:
+    """Whether `shard` is a relative .safetensors name that cannot leave the folder on any system."""
+    if (
+        not isinstance(shard, str)
+        or not shard.endswith(".safetensors")
+        or "\\" in shard
+        or not shard.isprintable()
+    ):
+        return False
+    path = PurePosixPath(shard)
+    inside = not path.is_absolute() and not PureWindowsPath(shard).drive and ".." not in path.parts
+    return inside and str(path) == shard
