@@ -1,0 +1,275 @@
+"""YAML that remembers its lines: one small document, read strictly, and `--set` overrides on top of it.
+
+Only plain data is understood: mappings with text keys, lists, text, numbers, true/false and null. Anchors, aliases
+and `<<` work; tags that build objects do not. Numbers are read as YAML 1.2 reads them (`1e-5` is a number, which
+PyYAML takes for text; `010` and `12:30` are text, which PyYAML takes for 8 and 750), dates are text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+from ggez_merge.errors import Problem, Refused
+
+Where = tuple[str | int, ...]  # the way from the top to a key or a list element: ("models", 0, "parameters")
+
+MAX_BYTES = 1 << 20  # of the file, and of what it says once aliases are expanded
+MAX_DEPTH = 32
+
+_TAG = "tag:yaml.org,2002:"
+_SCALARS = {
+    "null": re.compile(r"(?:~|null|Null|NULL|)\Z"),
+    "bool": re.compile(r"(?:yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF)\Z"),
+    "int": re.compile(r"[-+]?(?:0|[1-9][0-9_]{0,29})\Z"),
+    "float": re.compile(
+        r"(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z"
+    ),
+    "merge": re.compile(r"<<\Z"),
+}
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what either PyYAML or `_Loader` would not read back as the same text."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _kind, _pattern in _SCALARS.items():
+    _Loader.add_implicit_resolver(_TAG + _kind, _pattern, None)  # type: ignore[no-untyped-call]
+    _Dumper.add_implicit_resolver(_TAG + _kind, _pattern, None)  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True)
+class Document:
+    """Plain data, and where each part of it was written."""
+
+    name: str
+    data: dict[str, Any]
+    lines: dict[Where, int]
+    overrides: dict[Where, str] = field(default_factory=dict)
+
+    def line(self, *where: str | int) -> int | None:
+        """The 1-based line of a key or list element, or of what encloses it; None for the whole file or a `--set`."""
+        source = self._source(where)
+        return source if isinstance(source, int) else None
+
+    def place(self, *where: str | int) -> str:
+        """Where a key or list element was written, for people: "recipe.yaml:12", or the `--set` that wrote it."""
+        source = self._source(where)
+        if source is None:
+            return self.name
+        return f"{self.name}:{source}" if isinstance(source, int) else source
+
+    def _source(self, where: Where) -> int | str | None:
+        for length in range(len(where), 0, -1):
+            source = self.overrides.get(where[:length], self.lines.get(where[:length]))
+            if source is not None:
+                return source
+        return None
+
+    def dump(self) -> str:
+        """The data as YAML, overrides included; comments and layout are lost."""
+        return yaml.dump(self.data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def read_file(name: str, raw: bytes) -> str:
+    """The text of a recipe file. Refuses what is too big or not UTF-8."""
+    if len(raw) > MAX_BYTES:
+        raise Refused(Problem("The recipe is too big.", name, expected=f"at most {MAX_BYTES} bytes"))
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        found = f"byte 0x{raw[error.start]:02x}"
+        raise Refused(
+            Problem("The recipe is not text in UTF-8.", f"{name}:{line}", found=found, remedy="save it as UTF-8")
+        ) from None
+
+
+def parse(text: str, name: str, overrides: tuple[str, ...], problems: list[Problem]) -> Document:
+    """Reads one YAML mapping and applies overrides ("key.0.key=value") to it.
+
+    What can be passed over (a duplicate key, a bad override) is added to `problems`; raises Refused, with these and
+    its own, when there is no mapping to go on with.
+    """
+    data, lines = _load(text, lambda line: f"{name}:{line}", problems)
+    if not isinstance(data, dict):
+        found = "nothing" if data is None else f"a {_KINDS.get(type(data), 'text')}"
+        remedy = "start with `merge_method: linear`"
+        problems.append(Problem("A recipe is a mapping.", name, None, "keys and values", found, remedy))
+        raise Refused(problems)
+    document = Document(name, data, lines)
+    for override in overrides:
+        _override(document, override, problems)
+    return document
+
+
+_KINDS = {list: "list", int: "number", float: "number", bool: "truth value"}
+
+
+def _load(text: str, place: Callable[[int], str], problems: list[Problem]) -> tuple[Any, dict[Where, int]]:
+    builder = _Builder(place, problems)
+    try:
+        # Composing builds nodes from text; nothing of PyYAML that makes Python objects from nodes is ever called.
+        node = _Loader(text).get_single_node()
+        return (None if node is None else builder.build(node, ())), builder.lines
+    except RecursionError:
+        problem = Problem("The YAML is nested too deeply.", place(1), expected=f"at most {MAX_DEPTH} levels")
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        found = f"the character U+{ord(text[error.position]):04X}"
+        problem = Problem("This is not YAML: it holds a character that is not text.", place(line), found=found)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        problem = Problem(f"This is not YAML: {error.problem or error.context}.", place(line))
+    except ValueError as error:  # from the scanner: an escape beyond Unicode, a number of thousands of digits
+        problem = Problem(f"This is not YAML: {error}.", place(1))
+    raise Refused([*problems, problem])
+
+
+class _Builder:
+    """Plain data from YAML nodes: notes the line of every key, and puts what it cannot use in `problems`."""
+
+    def __init__(self, place: Callable[[int], str], problems: list[Problem]) -> None:
+        self.place = place
+        self.problems = problems
+        self.lines: dict[Where, int] = {}
+        self.size = 0
+
+    def refuse(self, node: yaml.Node, what: str, **fields: str) -> None:
+        self.problems.append(Problem(what, self.place(_line(node)), **fields))
+
+    def spend(self, node: yaml.Node, size: int) -> None:
+        """Aliases of aliases grow exponentially, so what they grow to is counted."""
+        self.size += size
+        if self.size > MAX_BYTES:
+            self.refuse(node, "The YAML is too big once its aliases are expanded.", expected=f"at most {MAX_BYTES}")
+            raise Refused(self.problems)
+
+    def build(self, node: yaml.Node, where: Where) -> Any:
+        if len(where) > MAX_DEPTH:
+            raise RecursionError
+        self.spend(node, 1)
+        if isinstance(node, yaml.ScalarNode):
+            return self.scalar(node)
+        if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
+            self.lines |= {(*where, i): _line(item) for i, item in enumerate(node.value)}
+            return [self.build(item, (*where, i)) for i, item in enumerate(node.value)]
+        if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
+            return self.mapping(node, where)
+        return self.refuse(node, f"The tag `{node.tag}` is not allowed in a recipe.", remedy="write plain values")
+
+    def mapping(self, node: yaml.MappingNode, where: Where) -> dict[str, Any]:
+        data: dict[str, Any] = {}
+        for key, value, inherited in self.pairs(node):
+            name = self.scalar(key) if isinstance(key, yaml.ScalarNode) else None
+            if not isinstance(name, str):
+                found = f"`{key.value}`" if isinstance(key, yaml.ScalarNode) else "a list or a mapping"
+                self.refuse(key, "A key is not text.", expected="text", found=found, remedy="put it in quotes")
+            elif name not in data:
+                self.lines[(*where, name)] = _line(key)
+                data[name] = self.build(value, (*where, name))
+            elif not inherited:
+                first = self.place(self.lines[(*where, name)])
+                self.refuse(key, f"`{name}` is given twice.", found=f"first at {first}", remedy="keep one of them")
+        return data
+
+    def pairs(self, node: yaml.MappingNode) -> Iterator[tuple[yaml.Node, yaml.Node, bool]]:
+        """(key, value, inherited): the mapping's own pairs, then those of the mappings under its `<<`."""
+        parents: list[yaml.Node] = []
+        for key, value in node.value:
+            self.spend(key, 1)
+            if key.tag != _TAG + "merge":
+                yield key, value, False
+            else:
+                parents += value.value if isinstance(value, yaml.SequenceNode) else [value]
+        for parent in parents:
+            if isinstance(parent, yaml.MappingNode):
+                yield from ((key, value, True) for key, value, _ in self.pairs(parent))
+            else:
+                self.refuse(parent, "`<<` takes a mapping or a list of mappings.")
+
+    def scalar(self, node: yaml.ScalarNode) -> bool | int | float | str | None:
+        text: str = node.value
+        self.spend(node, len(text))
+        kind = node.tag.removeprefix(_TAG)
+        if kind == "str" or kind == "merge":
+            if re.search("[\0\ud800-\udfff]", text):
+                self.refuse(node, "The text holds a character that no file name can have.", found=ascii(text)[:60])
+            return text
+        if kind not in _SCALARS:
+            self.refuse(node, f"The tag `{node.tag}` is not allowed in a recipe.", remedy="write plain values")
+        elif not _SCALARS[kind].match(text):
+            self.refuse(node, f"This is not what its tag `!!{kind}` says.", found=f"`{text[:60]}`")
+        elif kind == "bool":
+            return text.lower() in ("yes", "true", "on")
+        elif kind == "int":
+            return int(text.replace("_", ""))
+        elif kind == "float":
+            return float(re.sub(r"_|\.(?=[in])", "", text.lower()))  # .inf and .nan are inf and nan to Python
+        return None
+
+
+def _line(node: yaml.Node) -> int:
+    return int(node.start_mark.line) + 1
+
+
+_STEP = re.compile(r""" "([^"]+)" | '([^']+)' | ([^."'=]+) """, re.VERBOSE)
+
+
+def _override(document: Document, override: str, problems: list[Problem]) -> None:
+    """Sets one value in the document, "models.0.parameters.weight=0.3"; a key with a dot in it goes in quotes.
+
+    Mappings on the way are made when missing; list elements are not.
+    """
+    place = f"--set {override}"
+
+    def refuse(what: str, **fields: str) -> None:
+        problems.append(Problem(what, place, **fields))
+
+    keys: list[str] = []
+    position = 0
+    while match := _STEP.match(override, position):
+        keys.append(match[1] or match[2] or match[3].strip())
+        position = match.end() + 1
+        if not override.startswith(".", match.end()):
+            break
+    if not match or not override.startswith("=", match.end()):
+        return refuse("An override cannot be read.", expected='key.key=value; keys with dots in quotes: "a.b".c=1')
+    value, _ = _load(override[position:], lambda line: place, problems)
+
+    target: Any = document.data
+    where: Where = ()
+    for i, key in enumerate(keys):
+        name = ".".join(keys[:i])
+        step: str | int = key
+        if isinstance(target, list):
+            if not re.fullmatch("[0-9]{1,9}", key) or int(key) >= len(target):
+                return refuse(f"`{name}` has no element {key}.", expected=f"a number from 0 to {len(target) - 1}")
+            step = int(key)
+        elif not isinstance(target, dict):
+            return refuse(f"`{name}` is a single value: it has no `{key}`.", found=f"`{target}`")
+        where = (*where, step)
+        if i == len(keys) - 1:
+            target[step] = value
+        else:
+            if isinstance(target, list) or step in target:
+                child = target[step]
+            else:
+                child = None
+            target[step] = target = {} if child is None else child
+    for sources in (document.lines, document.overrides):
+        for known in [known for known in sources if known[: len(where)] == where]:
+            del sources[known]  # type: ignore[attr-defined]
+    document.overrides[where] = place
