@@ -15,7 +15,7 @@ def _part(words: str) -> str:
 
 
 # The first pattern that is found names the component, so what lies inside something else comes first: Qwen's
-# merger is inside `visual`, Molmo's projector inside the vision backbone, embeddings inside the language model.
+# merger is inside `visual`, Molmo's projector inside the vision backbone, embeddings inside a language model.
 _PATTERNS = [
     ("logit scale", r"(^|\.)logit_(scale|bias)$"),
     ("projector", r"(^|\.)visual\.(merger|deepstack_merger_list|merger_list)\."),
@@ -47,8 +47,8 @@ _PATTERNS = [
 ]
 _COMPONENTS = [(name, re.compile(pattern)) for name, pattern in _PATTERNS]
 
-# `layers.7`, `h.7`, `stages.7`, `transformer_blocks.7`; a number after anything else counts the parts of an
-# nn.Sequential, experts or parallel branches, not depth.
+# `layers.7`, `h.7`, `stages.7`, `transformer_blocks.7`; a number after anything else counts the parts of
+# an nn.Sequential, experts or parallel branches, not depth.
 _LAYER = re.compile(
     r"(?:^|(?<=\.))(?P<kind>h|(?:\w+_)?(?:layers?|blocks?|resblocks|stages?))\.(?P<number>[0-9]{1,6})(?=\.|$)"
 )
