@@ -1,0 +1,60 @@
+"""How the loops are compiled: ahead of nothing, cached on disk, in IEEE arithmetic."""
+
+from __future__ import annotations
+
+import hashlib
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from llvmlite import ir
+from numba import njit
+from numba.core import types as numba_types
+from numba.extending import intrinsic
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _digest_of_sources() -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+SOURCES = _digest_of_sources()
+
+
+def compiled(function: Function) -> Function:
+    """Compile at the first call, or load what an earlier process compiled.
+
+    numba finds a stale cache by the time stamp of the function's own file only; a change in a helper of another
+    file would go unnoticed and yesterday's arithmetic would run. But numba does key its cache on what a function
+    closes over, so every function here is made to close over the digest of all the sources.
+    No `fastmath`: neither reassociation nor fused multiply-add, so that every processor gives the same bytes.
+    """
+    code = function.__code__.replace(co_freevars=(*function.__code__.co_freevars, "SOURCES"))
+    closure = (*(function.__closure__ or ()), types.CellType(SOURCES))
+    keyed = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
+    keyed.__module__, keyed.__qualname__, keyed.__doc__ = (
+        function.__module__,
+        function.__qualname__,
+        function.__doc__,
+    )
+    result: Function = njit(nogil=True, cache=True, error_model="numpy")(keyed)
+    return result
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def pointer(typing_context: Any, address: Any) -> Any:
+    """An integer address as a pointer, for `numba.carray`.
+
+    Handing over addresses instead of arrays is what lets one compiled function serve any number of models
+    of any mix of dtypes.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+    return numba_types.voidptr(address), generate

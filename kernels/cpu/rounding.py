@@ -1,0 +1,171 @@
+"""Storage dtypes to work rows and back: widening is exact, narrowing rounds once, to nearest even.
+
+All of it in integer operations, so that no processor's conversion instructions (or their absence) matter.
+Every NaN is narrowed to the one positive quiet NaN without payload.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numba import carray
+from numba.core import types
+from numba.extending import overload
+
+from .compiled import compiled, pointer
+
+BF16, F16, F32, F64 = 0, 1, 2, 3
+CODES: dict[np.dtype[Any], int] = {
+    np.dtype(ml_dtypes.bfloat16): BF16,
+    np.dtype(np.float16): F16,
+    np.dtype(np.float32): F32,
+    np.dtype(np.float64): F64,
+}
+
+u16, u32, f32, f64 = np.uint16, np.uint32, np.float32, np.float64
+_SMALLEST_NORMAL_HALF = f32(2.0**-14)
+_SMALLEST_NORMAL_HALF_BITS = u32(113 << 23)
+_HALF_OVERFLOW_BITS = u32(143 << 23)  # 2**16; what rounds up to it from below does so by itself
+_ONE_HALF = f32(0.5)  # adding it brings a subnormal half's last bit to float32's last bit
+_ONE_HALF_BITS = u32(126 << 23)
+
+# numba widens every integer operation to 64 bits; the u32(...) around each of them lets LLVM undo that
+
+
+@compiled
+def bf16_to_f32(bits: Any) -> Any:
+    return u32(u32(bits) << u32(16)).view(np.float32)
+
+
+@compiled
+def f16_to_f32(bits: Any) -> Any:
+    magnitude = u32(u32(bits & u16(0x7FFF)) << u32(13))
+    normal = u32(magnitude + u32(112 << 23))
+    special = u32(magnitude + u32(224 << 23))
+    # 2**-14 * (1 + m) - 2**-14: exact, and never a float32 subnormal that a flush-to-zero mode would lose
+    shifted = u32(normal + u32(1 << 23)).view(np.float32)
+    subnormal = f32(shifted - _SMALLEST_NORMAL_HALF).view(np.uint32)
+    value = special if magnitude >= u32(0x0F800000) else normal
+    value = subnormal if magnitude < u32(0x00800000) else value
+    return u32(value | u32(u32(bits & u16(0x8000)) << u32(16))).view(np.float32)
+
+
+def bits_for_halving(value: Any) -> Any:
+    """float32 bits that round to a 16-bit format as `value` itself does (value float32 or float64)."""
+    raise NotImplementedError
+
+
+@overload(bits_for_halving)  # type: ignore[untyped-decorator]
+def _bits_for_halving(value: Any) -> Any:
+    if value == types.float32:
+
+        def reinterpret(value: Any) -> Any:
+            return f32(value).view(np.uint32)
+
+        return reinterpret
+
+    def round_to_odd(value: Any) -> Any:
+        # rounding float64 -> float32 -> 16 bits would round twice; rounding to odd first loses nothing,
+        # because float32 has more than two bits to spare (Boldo & Melquiond 2008)
+        near = f32(value)
+        bits = near.view(np.uint32)
+        lower = u32(bits - u32(1)) if abs(f64(near)) > abs(value) else bits
+        return bits if f64(near) == value or value != value else u32(lower | u32(1))
+
+    return round_to_odd
+
+
+@compiled
+def bits_to_bf16(bits: Any) -> Any:
+    odd = u32(u32(bits >> u32(16)) & u32(1))
+    rounded = u32(u32(u32(bits + u32(0x7FFF)) + odd) >> u32(16))
+    return u16(u32(0x7FC0) if u32(bits & u32(0x7FFFFFFF)) > u32(0x7F800000) else rounded)
+
+
+@compiled
+def bits_to_f16(bits: Any) -> Any:
+    magnitude = u32(bits & u32(0x7FFFFFFF))
+    odd = u32(u32(magnitude >> u32(13)) & u32(1))
+    normal = u32(u32(u32(magnitude - u32((112 << 23) - 0xFFF)) + odd) >> u32(13))
+    # the float32 addition does the rounding
+    shifted = f32(magnitude.view(np.float32) + _ONE_HALF).view(np.uint32)
+    value = u32(shifted - _ONE_HALF_BITS) if magnitude < _SMALLEST_NORMAL_HALF_BITS else normal
+    value = u32(0x7C00) if magnitude >= _HALF_OVERFLOW_BITS else value
+    value = u32(value | u32(u32(bits >> u32(16)) & u32(0x8000)))
+    return u16(u32(0x7E00) if magnitude > u32(0x7F800000) else value)
+
+
+@compiled
+def widen(address: Any, code: Any, first: Any, row: Any) -> None:
+    """row[i] = stored[first + i], exactly, for i < row.size."""
+    n = row.size
+    if code == BF16:
+        halves = carray(pointer(address + 2 * first), n, np.uint16)
+        for i in range(n):
+            row[i] = bf16_to_f32(halves[i])
+    elif code == F16:
+        halves = carray(pointer(address + 2 * first), n, np.uint16)
+        for i in range(n):
+            row[i] = f16_to_f32(halves[i])
+    elif code == F32:
+        singles = carray(pointer(address + 4 * first), n, np.float32)
+        for i in range(n):
+            row[i] = singles[i]
+    else:
+        doubles = carray(pointer(address + 8 * first), n, np.float64)
+        for i in range(n):
+            row[i] = doubles[i]
+
+
+@compiled
+def narrow(row: Any, address: Any, code: Any, first: Any) -> Any:
+    """stored[first + i] = row[i], rounded; answers how many stored elements are NaN or infinite."""
+    n = row.size
+    nonfinite = u32(0)
+    if code == BF16:
+        halves = carray(pointer(address + 2 * first), n, np.uint16)
+        for i in range(n):
+            half = bits_to_bf16(bits_for_halving(row[i]))
+            halves[i] = half
+            nonfinite += u32(1) if u16(half & u16(0x7F80)) == u16(0x7F80) else u32(0)
+    elif code == F16:
+        halves = carray(pointer(address + 2 * first), n, np.uint16)
+        for i in range(n):
+            half = bits_to_f16(bits_for_halving(row[i]))
+            halves[i] = half
+            nonfinite += u32(1) if u16(half & u16(0x7C00)) == u16(0x7C00) else u32(0)
+    elif code == F32:
+        singles = carray(pointer(address + 4 * first), n, np.float32)
+        for i in range(n):
+            single = f32(row[i])
+            singles[i] = single if single == single else f32(np.nan)
+            nonfinite += u32(0) if abs(single) < f32(np.inf) else u32(1)
+    else:
+        doubles = carray(pointer(address + 8 * first), n, np.float64)
+        for i in range(n):
+            double = f64(row[i])
+            doubles[i] = double if double == double else np.nan
+            nonfinite += u32(0) if abs(double) < np.inf else u32(1)
+    return np.int64(nonfinite)
+
+
+@compiled
+def count_nonfinite(address: Any, code: Any, size: Any) -> Any:
+    """NaN and infinite elements among `size` stored ones."""
+    count = 0
+    if code == BF16 or code == F16:
+        exponent = u16(0x7F80) if code == BF16 else u16(0x7C00)
+        halves = carray(pointer(address), size, np.uint16)
+        for i in range(size):
+            count += 1 if u16(halves[i] & exponent) == exponent else 0
+    elif code == F32:
+        singles = carray(pointer(address), size, np.float32)
+        for i in range(size):
+            count += 0 if abs(singles[i]) < f32(np.inf) else 1
+    else:
+        doubles = carray(pointer(address), size, np.float64)
+        for i in range(size):
+            count += 0 if abs(doubles[i]) < np.inf else 1
+    return count
