@@ -1,24 +1,27 @@
 """YAML that remembers its lines: one small document, read strictly, and `--set` overrides on top of it.
 
-Only plain data is understood: mappings with text keys, lists, text, numbers, true/false and null. Anchors, aliases
-and `<<` work; tags that build objects do not. Numbers are read as YAML 1.2 reads them (`1e-5` is a number, which
-PyYAML takes for text; `010` and `12:30` are text, which PyYAML takes for 8 and 750), dates are text.
+Only plain data is understood: mappings with text keys, lists, text, numbers, true/false and null. Anchors,
+aliases and `<<` work; tags that build objects do not. Plain `yes`, `no`, `on`, `off` are truth values, as in
+YAML 1.1; but `1e-5` is a number (to PyYAML it is text), and `010`, `12:30` and dates are text.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
+
 from ggez_merge.errors import Problem, Refused
+from ggez_merge.untrusted import printable
 
 Where = tuple[str | int, ...]  # the way from the top to a key or a list element: ("models", 0, "parameters")
 
 MAX_BYTES = 1 << 20  # of the file, and of what it says once aliases are expanded
 MAX_DEPTH = 32
+_CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # and half characters; not tab and newline
 
 _TAG = "tag:yaml.org,2002:"
 _SCALARS = {
@@ -34,7 +37,7 @@ _SCALARS = {
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}  # not the parent's
 
 
 class _Dumper(yaml.SafeDumper):
@@ -59,12 +62,12 @@ class Document:
     overrides: dict[Where, str] = field(default_factory=dict)
 
     def line(self, *where: str | int) -> int | None:
-        """The 1-based line of a key or list element, or of what encloses it; None for the whole file or a `--set`."""
+        """The 1-based line of a key or element, or of what encloses it; None: whole file, or a `--set`."""
         source = self._source(where)
         return source if isinstance(source, int) else None
 
     def place(self, *where: str | int) -> str:
-        """Where a key or list element was written, for people: "recipe.yaml:12", or the `--set` that wrote it."""
+        """Where a key or element was written, for people: "recipe.yaml:12", or the `--set` that wrote it."""
         source = self._source(where)
         if source is None:
             return self.name
@@ -82,7 +85,7 @@ class Document:
         return yaml.dump(self.data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def read_file(name: str, raw: bytes) -> str:
+def decode(name: str, raw: bytes) -> str:
     """The text of a recipe file. Refuses what is too big or not UTF-8."""
     if len(raw) > MAX_BYTES:
         raise Refused(Problem("The recipe is too big.", name, expected=f"at most {MAX_BYTES} bytes"))
@@ -91,22 +94,23 @@ def read_file(name: str, raw: bytes) -> str:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         found = f"byte 0x{raw[error.start]:02x}"
-        raise Refused(
-            Problem("The recipe is not text in UTF-8.", f"{name}:{line}", found=found, remedy="save it as UTF-8")
-        ) from None
+        problem = Problem(
+            "The recipe is not UTF-8.", f"{name}:{line}", found=found, remedy="save it as UTF-8"
+        )
+        raise Refused(problem) from None
 
 
-def parse(text: str, name: str, overrides: tuple[str, ...], problems: list[Problem]) -> Document:
+def parse(text: str, name: str, overrides: Sequence[str], problems: list[Problem]) -> Document:
     """Reads one YAML mapping and applies overrides ("key.0.key=value") to it.
 
-    What can be passed over (a duplicate key, a bad override) is added to `problems`; raises Refused, with these and
-    its own, when there is no mapping to go on with.
+    What can be passed over (a duplicate key, a bad override) goes to `problems`; raises Refused with all of
+    them when there is no mapping to go on with.
     """
     data, lines = _load(text, lambda line: f"{name}:{line}", problems)
     if not isinstance(data, dict):
-        found = "nothing" if data is None else f"a {_KINDS.get(type(data), 'text')}"
-        remedy = "start with `merge_method: linear`"
-        problems.append(Problem("A recipe is a mapping.", name, None, "keys and values", found, remedy))
+        found = "nothing" if data is None else "a list" if isinstance(data, list) else "a single value"
+        expected = "keys and values, such as `merge_method: linear`"
+        problems.append(Problem("The recipe is not a mapping.", name, expected=expected, found=found))
         raise Refused(problems)
     document = Document(name, data, lines)
     for override in overrides:
@@ -114,13 +118,10 @@ def parse(text: str, name: str, overrides: tuple[str, ...], problems: list[Probl
     return document
 
 
-_KINDS = {list: "list", int: "number", float: "number", bool: "truth value"}
-
-
 def _load(text: str, place: Callable[[int], str], problems: list[Problem]) -> tuple[Any, dict[Where, int]]:
     builder = _Builder(place, problems)
     try:
-        # Composing builds nodes from text; nothing of PyYAML that makes Python objects from nodes is ever called.
+        # Nodes are text with tags; nothing of PyYAML that makes Python objects from them is ever called.
         node = _Loader(text).get_single_node()
         return (None if node is None else builder.build(node, ())), builder.lines
     except RecursionError:
@@ -128,14 +129,15 @@ def _load(text: str, place: Callable[[int], str], problems: list[Problem]) -> tu
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         found = f"the character U+{ord(text[error.position]):04X}"
-        problem = Problem("This is not YAML: it holds a character that is not text.", place(line), found=found)
+        problem = Problem("This is not YAML: a character is not text.", place(line), found=found)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
         problem = Problem(f"This is not YAML: {error.problem or error.context}.", place(line))
     except ValueError as error:  # from the scanner: an escape beyond Unicode, a number of thousands of digits
         problem = Problem(f"This is not YAML: {error}.", place(1))
-    raise Refused([*problems, problem])
+    problems.append(problem)
+    raise Refused(problems)
 
 
 class _Builder:
@@ -154,7 +156,8 @@ class _Builder:
         """Aliases of aliases grow exponentially, so what they grow to is counted."""
         self.size += size
         if self.size > MAX_BYTES:
-            self.refuse(node, "The YAML is too big once its aliases are expanded.", expected=f"at most {MAX_BYTES}")
+            expected = f"at most {MAX_BYTES} characters and values"
+            self.refuse(node, "The YAML is too big once its aliases are expanded.", expected=expected)
             raise Refused(self.problems)
 
     def build(self, node: yaml.Node, where: Where) -> Any:
@@ -168,21 +171,21 @@ class _Builder:
             return [self.build(item, (*where, i)) for i, item in enumerate(node.value)]
         if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
             return self.mapping(node, where)
-        return self.refuse(node, f"The tag `{node.tag}` is not allowed in a recipe.", remedy="write plain values")
+        return self.refuse(node, f"The tag `{node.tag}` is not allowed.", remedy="write plain values")
 
     def mapping(self, node: yaml.MappingNode, where: Where) -> dict[str, Any]:
         data: dict[str, Any] = {}
         for key, value, inherited in self.pairs(node):
             name = self.scalar(key) if isinstance(key, yaml.ScalarNode) else None
             if not isinstance(name, str):
-                found = f"`{key.value}`" if isinstance(key, yaml.ScalarNode) else "a list or a mapping"
-                self.refuse(key, "A key is not text.", expected="text", found=found, remedy="put it in quotes")
+                found = printable(key.value) if isinstance(key, yaml.ScalarNode) else "a list or a mapping"
+                self.refuse(key, "A key is not text.", found=found, remedy="put it in quotes")
             elif name not in data:
                 self.lines[(*where, name)] = _line(key)
                 data[name] = self.build(value, (*where, name))
             elif not inherited:
                 first = self.place(self.lines[(*where, name)])
-                self.refuse(key, f"`{name}` is given twice.", found=f"first at {first}", remedy="keep one of them")
+                self.refuse(key, f"`{printable(name)}` is given twice.", found=f"first at {first}")
         return data
 
     def pairs(self, node: yaml.MappingNode) -> Iterator[tuple[yaml.Node, yaml.Node, bool]]:
@@ -204,14 +207,14 @@ class _Builder:
         text: str = node.value
         self.spend(node, len(text))
         kind = node.tag.removeprefix(_TAG)
-        if kind == "str" or kind == "merge":
-            if re.search("[\0\ud800-\udfff]", text):
-                self.refuse(node, "The text holds a character that no file name can have.", found=ascii(text)[:60])
+        if kind in ("str", "merge"):
+            if _CONTROL.search(text):
+                self.refuse(node, "The text holds a control character.", found=printable(text))
             return text
         if kind not in _SCALARS:
-            self.refuse(node, f"The tag `{node.tag}` is not allowed in a recipe.", remedy="write plain values")
+            self.refuse(node, f"The tag `{node.tag}` is not allowed.", remedy="write plain values")
         elif not _SCALARS[kind].match(text):
-            self.refuse(node, f"This is not what its tag `!!{kind}` says.", found=f"`{text[:60]}`")
+            self.refuse(node, f"This is not what its tag `!!{kind}` says.", found=printable(text))
         elif kind == "bool":
             return text.lower() in ("yes", "true", "on")
         elif kind == "int":
@@ -225,11 +228,11 @@ def _line(node: yaml.Node) -> int:
     return int(node.start_mark.line) + 1
 
 
-_STEP = re.compile(r""" "([^"]+)" | '([^']+)' | ([^."'=]+) """, re.VERBOSE)
+_STEP = re.compile(r"""(?: "([^"]+)" | '([^']+)' | ([^."'=]+) ) ([.=])""", re.VERBOSE)
 
 
 def _override(document: Document, override: str, problems: list[Problem]) -> None:
-    """Sets one value in the document, "models.0.parameters.weight=0.3"; a key with a dot in it goes in quotes.
+    """Sets one value in the document, "models.0.parameters.weight=0.3"; keys with a dot in them go in quotes.
 
     Mappings on the way are made when missing; list elements are not.
     """
@@ -242,12 +245,17 @@ def _override(document: Document, override: str, problems: list[Problem]) -> Non
     position = 0
     while match := _STEP.match(override, position):
         keys.append(match[1] or match[2] or match[3].strip())
-        position = match.end() + 1
-        if not override.startswith(".", match.end()):
+        position = match.end()
+        if match[4] == "=":
             break
-    if not match or not override.startswith("=", match.end()):
-        return refuse("An override cannot be read.", expected='key.key=value; keys with dots in quotes: "a.b".c=1')
-    value, _ = _load(override[position:], lambda line: place, problems)
+    if not match:
+        return refuse(
+            "This is not an override.", expected='key.key=value; keys with dots in quotes: "a.b".c=1'
+        )
+    try:
+        value, _ = _load(override[position:], lambda line: place, problems)
+    except Refused:  # the reason is in `problems`
+        return None
 
     target: Any = document.data
     where: Where = ()
@@ -256,20 +264,19 @@ def _override(document: Document, override: str, problems: list[Problem]) -> Non
         step: str | int = key
         if isinstance(target, list):
             if not re.fullmatch("[0-9]{1,9}", key) or int(key) >= len(target):
-                return refuse(f"`{name}` has no element {key}.", expected=f"a number from 0 to {len(target) - 1}")
+                return refuse(f"`{name}` has no element {key}.", found=f"{len(target)} of them, from 0")
             step = int(key)
         elif not isinstance(target, dict):
-            return refuse(f"`{name}` is a single value: it has no `{key}`.", found=f"`{target}`")
+            return refuse(f"`{name}` is a single value: it has no `{key}`.", found=printable(str(target)))
         where = (*where, step)
         if i == len(keys) - 1:
             target[step] = value
         else:
-            if isinstance(target, list) or step in target:
-                child = target[step]
-            else:
-                child = None
-            target[step] = target = {} if child is None else child
-    for sources in (document.lines, document.overrides):
-        for known in [known for known in sources if known[: len(where)] == where]:
-            del sources[known]  # type: ignore[attr-defined]
+            if (isinstance(target, dict) and step not in target) or target[step] is None:
+                target[step] = {}
+            target = target[step]
+    written: dict[Where, Any]
+    for written in (document.lines, document.overrides):
+        for old in [old for old in written if old[: len(where)] == where]:
+            del written[old]
     document.overrides[where] = place
