@@ -59,7 +59,7 @@ setup(
     description="Merge a global vision-language model with its region-tuned copies, at the speed of the disk",
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
-    # The code is Apache-2.0; the demo's pictures and names carry their own licences (recipes/emoji/README.md).
+    # The code is Apache-2.0; the demo's pictures and names have their own licences: recipes/emoji/README.md.
     license="Apache-2.0 AND CC-BY-4.0 AND Unicode-3.0",
     license_files=["LICENSE", "recipes/emoji/LICENSE-UNICODE.txt"],
     python_requires=">=3.10",

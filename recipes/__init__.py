@@ -1,0 +1,1 @@
+"""Ready recipes: each file says what it is for and which command runs it."""
