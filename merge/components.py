@@ -50,22 +50,23 @@ _COMPONENTS = [(name, re.compile(pattern)) for name, pattern in _PATTERNS]
 # `layers.7`, `h.7`, `stages.7`, `transformer_blocks.7`; a number after anything else counts the parts of
 # an nn.Sequential, experts or parallel branches, not depth.
 _LAYER = re.compile(
-    r"(?:^|(?<=\.))(?P<kind>h|(?:\w+_)?(?:layers?|blocks?|resblocks|stages?))\.(?P<number>[0-9]{1,6})(?=\.|$)"
+    r"(?:^|(?<=\.))(?P<kind>h|(?:\w+_)?(?:layers?|blocks?|resblocks|stages?))\."
+    r"(?P<number>[0-9]{1,6})(?=\.|$)"
 )
 
 
 def component(name: str) -> str:
     """The part of the model that a tensor belongs to, as a user would call it.
 
-    One of: vision tower, audio tower, projector (between tower and language model), projection (into the joint
-    space of a dual encoder), text encoder, logit scale, embeddings, language model, lm head, encoder, decoder,
-    unet, vae, other (the name does not say). Embeddings inside a tower or a text encoder belong to it.
+    One of: vision tower, audio tower, projector (between tower and language model), projection (into the
+    joint space of a dual encoder), text encoder, logit scale, embeddings, language model, lm head, encoder,
+    decoder, unet, vae, other (the name does not say). Embeddings inside a tower belong to the tower.
     """
     return next((label for label, pattern in _COMPONENTS if pattern.search(name)), "other")
 
 
 def layer(name: str) -> tuple[str, int] | None:
-    """The stack and the depth of a tensor: ("model.layers", 7) for `model.layers.7.mlp.experts.3.weight`.
+    """Stack and depth of a tensor: ("model.layers", 7) for `model.layers.7.mlp.experts.3.weight`.
 
     The outermost layer counts (`stages.0.layers.1` is stage 0); None for a tensor outside any stack.
     """

@@ -115,22 +115,24 @@ def read_index(path: Path) -> dict[str, str]:
                 remedy=remedy,
             )
         )
-    shards = {repr(shard): shard for shard in weight_map.values()}.values()
-    problems = [
-        Problem(
-            "the index names a shard that is not a plain file name inside its folder",
-            place=str(path),
-            expected="a name such as model-00001-of-00002.safetensors",
-            found=printable(repr(shard)),
-            remedy=remedy,
-        )
-        for shard in shards
+    unfit = {
+        printable(repr(shard)) if isinstance(shard, str) else "not a string"
+        for shard in weight_map.values()
         if not _is_plain(shard)
-    ]
-    if problems:
-        raise Refused(problems)
+    }
+    if unfit:
+        raise Refused(
+            Problem(
+                "the index names a shard that is not a plain file name inside its folder",
+                place=str(path),
+                expected="a name such as model-00001-of-00002.safetensors",
+                found=found,
+                remedy=remedy,
+            )
+            for found in sorted(unfit)
+        )
     lone = path.with_name("model.safetensors")
-    if path.name == "model" + INDEX_SUFFIX and lone.name not in shards and lone.exists():
+    if path.name == "model" + INDEX_SUFFIX and lone.name not in weight_map.values() and lone.exists():
         raise Refused(
             Problem(
                 "two checkpoints in one folder: model.safetensors, and an index that does not name it",

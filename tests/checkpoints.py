@@ -1,4 +1,4 @@
-"""Tiny checkpoints for tests, written byte by byte from numpy arrays: no library stands between test and file."""
+"""Tiny checkpoints for tests, written byte by byte from numpy arrays, with no library in between."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Arrays = Mapping[str, np.ndarray[Any, Any]]
 
 
 def write_raw(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:
-    """A file with exactly this header (bytes as they are, anything else as JSON) and this data, right or wrong."""
+    """A file with exactly this header (bytes as they are, else as JSON) and this data, right or wrong."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
@@ -62,7 +62,7 @@ def write_checkpoint(
     base: str = "model",
     index: bool = True,
 ) -> Path:
-    """A folder as transformers saves it: one file, or `shards` files of about as many tensors each with an index."""
+    """A folder as transformers saves it: one file, or `shards` files with an index."""
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt"}
     if config is not None:
@@ -90,5 +90,4 @@ def write_index(
 
 
 def _split(names: Sequence[str], parts: int) -> list[Sequence[str]]:
-    bounds = [len(names) * part // parts for part in range(parts + 1)]
-    return [names[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [names[len(names) * part // parts : len(names) * (part + 1) // parts] for part in range(parts)]
