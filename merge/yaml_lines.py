@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import yaml
 
@@ -21,6 +22,7 @@ Where = tuple[str | int, ...]  # the way from the top to a key or a list element
 
 MAX_BYTES = 1 << 20  # of the file, and of what it says once aliases are expanded
 MAX_DEPTH = 32
+_DEPTH = f"at most {MAX_DEPTH} levels"
 _CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # and half characters; not tab and newline
 
 _TAG = "tag:yaml.org,2002:"
@@ -122,20 +124,22 @@ def _load(text: str, place: Callable[[int], str], problems: list[Problem]) -> tu
     builder = _Builder(place, problems)
     try:
         # Nodes are text with tags; nothing of PyYAML that makes Python objects from them is ever called.
-        node = _Loader(text).get_single_node()
+        loader = _Loader(text)
+        node = loader.get_single_node()
         return (None if node is None else builder.build(node, ())), builder.lines
     except RecursionError:
-        problem = Problem("The YAML is nested too deeply.", place(1), expected=f"at most {MAX_DEPTH} levels")
+        problem = Problem("The YAML is nested too deeply.", place(loader.line + 1), expected=_DEPTH)
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         found = f"the character U+{ord(text[error.position]):04X}"
-        problem = Problem("This is not YAML: a character is not text.", place(line), found=found)
+        problem = Problem("The YAML cannot be read: a character is not text.", place(line), found=found)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
-        problem = Problem(f"This is not YAML: {error.problem or error.context}.", place(line))
-    except ValueError as error:  # from the scanner: an escape beyond Unicode, a number of thousands of digits
-        problem = Problem(f"This is not YAML: {error}.", place(1))
+        said = ", ".join(part for part in (error.context, error.problem) if part)
+        problem = Problem(f"The YAML cannot be read: {said}.", place(line))
+    except (ValueError, OverflowError):  # raised where PyYAML reads an escape or a version number
+        problem = Problem("The YAML cannot be read: a number in it is out of range.", place(loader.line + 1))
     problems.append(problem)
     raise Refused(problems)
 
@@ -152,17 +156,20 @@ class _Builder:
     def refuse(self, node: yaml.Node, what: str, **fields: str) -> None:
         self.problems.append(Problem(what, self.place(_line(node)), **fields))
 
+    def stop(self, node: yaml.Node, what: str, expected: str) -> NoReturn:
+        self.refuse(node, what, expected=expected)
+        raise Refused(self.problems)
+
     def spend(self, node: yaml.Node, size: int) -> None:
         """Aliases of aliases grow exponentially, so what they grow to is counted."""
         self.size += size
         if self.size > MAX_BYTES:
             expected = f"at most {MAX_BYTES} characters and values"
-            self.refuse(node, "The YAML is too big once its aliases are expanded.", expected=expected)
-            raise Refused(self.problems)
+            self.stop(node, "The YAML is too big once its aliases are expanded.", expected)
 
     def build(self, node: yaml.Node, where: Where) -> Any:
         if len(where) > MAX_DEPTH:
-            raise RecursionError
+            self.stop(node, "The YAML is nested too deeply.", _DEPTH)
         self.spend(node, 1)
         if isinstance(node, yaml.ScalarNode):
             return self.scalar(node)
@@ -211,10 +218,8 @@ class _Builder:
             if _CONTROL.search(text):
                 self.refuse(node, "The text holds a control character.", found=printable(text))
             return text
-        if kind not in _SCALARS:
+        if kind not in _SCALARS or not _SCALARS[kind].match(text):
             self.refuse(node, f"The tag `{node.tag}` is not allowed.", remedy="write plain values")
-        elif not _SCALARS[kind].match(text):
-            self.refuse(node, f"This is not what its tag `!!{kind}` says.", found=printable(text))
         elif kind == "bool":
             return text.lower() in ("yes", "true", "on")
         elif kind == "int":
@@ -252,9 +257,10 @@ def _override(document: Document, override: str, problems: list[Problem]) -> Non
         return refuse(
             "This is not an override.", expected='key.key=value; keys with dots in quotes: "a.b".c=1'
         )
-    try:
+    known = len(problems)
+    with suppress(Refused):  # which is in `problems`
         value, _ = _load(override[position:], lambda line: place, problems)
-    except Refused:  # the reason is in `problems`
+    if len(problems) > known:
         return None
 
     target: Any = document.data
@@ -274,6 +280,7 @@ def _override(document: Document, override: str, problems: list[Problem]) -> Non
         else:
             if (isinstance(target, dict) and step not in target) or target[step] is None:
                 target[step] = {}
+                document.overrides[where] = place
             target = target[step]
     written: dict[Where, Any]
     for written in (document.lines, document.overrides):
