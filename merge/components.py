@@ -14,6 +14,24 @@ def _part(words: str) -> str:
     return rf"(^|\.)({words})(\.|$)"
 
 
+COMPONENTS = (
+    "vision tower",
+    "audio tower",
+    "projector",
+    "embeddings",
+    "encoder",
+    "decoder",
+    "language model",
+    "lm head",
+    "text encoder",
+    "projection",
+    "logit scale",
+    "unet",
+    "vae",
+    "other",
+)
+"""Every component, in the order in which data flows and tables list them."""
+
 # The first pattern that is found names the component, so what lies inside something else comes first: Qwen's
 # merger is inside `visual`, Molmo's projector inside the vision backbone, embeddings inside a language model.
 _PATTERNS = [
@@ -58,9 +76,9 @@ _LAYER = re.compile(
 def component(name: str) -> str:
     """The part of the model that a tensor belongs to, as a user would call it.
 
-    One of: vision tower, audio tower, projector (between tower and language model), projection (into the
-    joint space of a dual encoder), text encoder, logit scale, embeddings, language model, lm head, encoder,
-    decoder, unet, vae, other (the name does not say). Embeddings inside a tower belong to the tower.
+    One of COMPONENTS: a projector lies between tower and language model, a projection leads into the joint
+    space of a dual encoder, embeddings inside a tower belong to the tower, and in "other" is what the name
+    does not tell.
     """
     return next((label for label, pattern in _COMPONENTS if pattern.search(name)), "other")
 

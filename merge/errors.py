@@ -48,3 +48,11 @@ class Refused(UserError):
     def __init__(self, problems: Problem | Iterable[Problem]) -> None:
         self.problems = [problems] if isinstance(problems, Problem) else list(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class Interrupted(UserError):
+    """Stopped by a signal; the exit code is the shell's convention, 128 + the signal's number."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        self.exit_code = 128 + signal_number
+        super().__init__(message)

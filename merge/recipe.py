@@ -87,7 +87,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Module:
-    """A part of the architecture with its own slices. name None: all of it, by `models` or `slices` on top."""
+    """A part of the architecture and its slices. name None: all of it, by `models` or `slices` on top."""
 
     name: str | None
     slices: list[Slice]

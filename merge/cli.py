@@ -1,0 +1,168 @@
+"""The command line: parse, call, print. No logic lives here, and nothing heavy is imported until a command needs it."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from ggez_merge import __version__
+from ggez_merge.errors import Refused, UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ggez_merge.run import Stop
+
+
+class _RecipeFirst(TyperGroup):
+    """`ggez-merge recipe.yaml` is short for `ggez-merge merge recipe.yaml`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and not any(word in self.commands for word in args) and args[0] not in ("--help", "--version"):
+            args = ["merge", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_RecipeFirst,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Merge a global model with its region-tuned copies: `ggez-merge recipe.yaml`.",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+@app.command(name="merge")
+def merge_command(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    out: Annotated[Path | None, typer.Option(help="Output folder; overrides the recipe's `output.path`.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. parameters.ratio=0.4.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, from headers alone.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: the answer as JSON.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="Workers; by default as many as cores, and two more.")] = None,
+    memory: Annotated[str, typer.Option(help="Budget for all buffers, e.g. 512MB.")] = "256MiB",
+    device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted merge.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier merge.")] = False,
+    copy_code: Annotated[bool, typer.Option("--copy-code", help="Carry the base's custom code (*.py) along.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+) -> None:
+    """Merge the models of a recipe into one checkpoint."""
+    if device not in ("auto", "cpu"):
+        raise typer.BadParameter(f"{device!r} is not one of auto, cpu", param_hint="--device")
+    if resume and overwrite:
+        raise typer.BadParameter("--resume and --overwrite contradict each other")
+    if as_json and not dry_run:
+        raise typer.BadParameter("--json goes with --dry-run", param_hint="--json")
+    with _errors_for_people():
+        from ggez_merge.merge import merge
+        from ggez_merge.plan import make_plan
+        from ggez_merge.progress import progress_for
+        from ggez_merge.recipe import load_recipe
+        from ggez_merge.run import Stop, sizing
+        from ggez_merge.units import parse_bytes, readable_bytes
+
+        memory_bytes = parse_bytes(memory)
+        if memory_bytes is None:
+            raise typer.BadParameter(f"{memory!r} is no size; write 512MB or 1GiB", param_hint="--memory")
+        plan = make_plan(load_recipe(recipe, set_ or ()), out)
+        if dry_run:
+            from ggez_merge.dryrun import describe, show
+
+            said = describe(plan, sizing(plan, threads, memory_bytes), copy_code)
+            _print_json(said) if as_json else show(said)
+            return
+        stop = Stop()
+        began = time.perf_counter()
+        with _signals_to(stop), progress_for(quiet) as progress:
+            outcome = merge(
+                plan,
+                threads=threads,
+                memory_bytes=memory_bytes,
+                resume=resume,
+                overwrite=overwrite,
+                copy_code=copy_code,
+                progress=progress,
+                stop=stop,
+            )
+        if quiet:
+            return
+        for note in plan.notes:
+            print(f"note: {note}", file=sys.stderr)
+        seconds = time.perf_counter() - began
+        done = f"{readable_bytes(plan.write_bytes)} in {seconds:.1f} s" if outcome else "finished before, nothing to do"
+        print(f"{plan.folder}: {len(plan.outputs)} tensors, {done}")
+
+
+@app.command()
+def verify(folder: Annotated[Path, typer.Argument(help="A merged checkpoint.")]) -> None:
+    """Check a merged checkpoint against the hashes in its report."""
+    with _errors_for_people():
+        from ggez_merge.units import readable_bytes
+        from ggez_merge.verify import verify
+
+        verdict = verify(folder)
+        if verdict.problems:
+            print("\n".join(str(problem) for problem in verdict.problems), file=sys.stderr)
+            raise typer.Exit(1)
+        print(f"{folder}: intact ({len(verdict.intact)} files, {readable_bytes(verdict.n_bytes)})")
+
+
+def _print_json(said: object) -> None:
+    import json
+
+    print(json.dumps(said, indent=1, ensure_ascii=False))
+
+
+@contextmanager
+def _errors_for_people() -> Iterator[None]:
+    """A user's mistake ends in a message and an exit code, never in a traceback."""
+    try:
+        yield
+    except UserError as error:
+        if isinstance(error, Refused) and len(error.problems) > 1:
+            print(f"{len(error.problems)} problems:", file=sys.stderr)
+        print(error, file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
+
+
+@contextmanager
+def _signals_to(stop: Stop) -> Iterator[None]:
+    """Ctrl-C and SIGTERM ask the merge to stop between blocks; a second one ends the process as usual."""
+
+    def ask(number: int, frame: object) -> None:
+        stop.ask(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def main() -> None:
+    app()
+
+

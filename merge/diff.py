@@ -1,0 +1,302 @@
+"""Where two checkpoints differ, per component and layer: relative L2, largest change, share of changed elements."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+
+from ggez_merge.checkpoint import Checkpoint, Tensor
+from ggez_merge.components import COMPONENTS, component, layer
+from ggez_merge.read import NUMPY_DTYPE, Files
+from ggez_merge.untrusted import printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_DTYPES: dict[str, np.dtype[Any]] = {
+    **NUMPY_DTYPE,
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+    **{f"I{bits}": np.dtype(f"<i{bits // 8}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": np.dtype(f"<u{bits // 8}") for bits in (8, 16, 32, 64)},
+    "BOOL": np.dtype(np.uint8),
+}
+_WORKING_BYTES = 64  # per element of a chunk: two inputs, both in float64, their difference, and masks
+
+
+@dataclass(frozen=True)
+class Change:
+    """How far b is from a over `n_elements` elements; sums are over elements that are finite in both."""
+
+    n_tensors: int = 0
+    n_elements: int = 0
+    n_changed: int = 0
+    n_nonfinite: int = 0
+    max_abs: float = 0.0
+    delta_squares: float = 0.0
+    base_squares: float = 0.0
+
+    @property
+    def relative_l2(self) -> float | None:
+        """||b - a|| / ||a||; 0 without any change, None where a is all zeros and b is not."""
+        if self.delta_squares == 0:
+            return 0.0
+        return math.sqrt(self.delta_squares / self.base_squares) if self.base_squares > 0 else None
+
+    @property
+    def changed(self) -> float:
+        """Share of elements whose value is not the same, 0 to 1."""
+        return self.n_changed / self.n_elements if self.n_elements else 0.0
+
+
+@dataclass(frozen=True)
+class Group:
+    """One layer of one component, or what lies outside its layers (`stack` and `number` None)."""
+
+    component: str
+    stack: str | None
+    number: int | None
+    change: Change
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """A tensor that both hold, but not in the same shape or dtype: "BF16 [2, 3]"."""
+
+    name: str
+    a: str
+    b: str
+
+
+@dataclass(frozen=True)
+class Diff:
+    """What separates checkpoint b from checkpoint a.
+
+    `groups` in the order of COMPONENTS and depth. `other_dtype`: compared by value all the same. `not_compared`:
+    another shape, or a dtype that has no arithmetic here (sub-byte floats, complex).
+    """
+
+    a: str
+    b: str
+    groups: tuple[Group, ...]
+    only_a: tuple[str, ...]
+    only_b: tuple[str, ...]
+    other_dtype: tuple[Mismatch, ...]
+    not_compared: tuple[Mismatch, ...]
+
+    def components(self) -> dict[str, Change]:
+        """The change of each component as a whole."""
+        members: dict[str, list[Change]] = {}
+        for group in self.groups:
+            members.setdefault(group.component, []).append(group.change)
+        return {name: total(changes) for name, changes in members.items()}
+
+
+def diff(
+    a: Checkpoint,
+    b: Checkpoint,
+    *,
+    memory_bytes: int = 64_000_000,
+    advance: Callable[[int], None] = lambda n_bytes: None,
+) -> Diff:
+    """Compare all tensors that a and b have in common, in chunks that need at most about `memory_bytes`.
+
+    Differences are taken in float64. A NaN equals a NaN, and 0 equals -0. `advance` is told the bytes compared so
+    far, chunk by chunk (a's and b's together). Raises Failed, naming the file, if a file ends early or changes.
+    """
+    chunk = max(memory_bytes // _WORKING_BYTES, 1024)
+    buffers = memoryview(bytearray(8 * chunk)), memoryview(bytearray(8 * chunk))
+    changes: dict[tuple[str, str | None, int | None], list[Change]] = {}
+    other_dtype, not_compared = [], []
+    with Files([*a.files, *b.files]) as files:
+        for name, ours in a.tensors.items():
+            theirs = b.tensors.get(name)
+            if theirs is None:
+                continue
+            mismatch = Mismatch(name, _form(ours), _form(theirs))
+            if ours.shape != theirs.shape or not {ours.dtype, theirs.dtype} <= _DTYPES.keys():
+                not_compared.append(mismatch)
+                continue
+            if ours.dtype != theirs.dtype:
+                other_dtype.append(mismatch)
+            stack, number = layer(name) or (None, None)
+            change = _compare(files, ours, theirs, buffers, advance)
+            changes.setdefault((component(name), stack, number), []).append(change)
+    groups = [Group(*key, total(members)) for key, members in changes.items()]
+    return Diff(
+        a.reference,
+        b.reference,
+        tuple(sorted(groups, key=lambda g: (COMPONENTS.index(g.component), g.stack or "", g.number or 0))),
+        tuple(sorted(a.tensors.keys() - b.tensors.keys())),
+        tuple(sorted(b.tensors.keys() - a.tensors.keys())),
+        tuple(other_dtype),
+        tuple(not_compared),
+    )
+
+
+def total(changes: Sequence[Change]) -> Change:
+    """The change over several disjoint sets of elements."""
+    return Change(
+        n_tensors=sum(change.n_tensors for change in changes),
+        n_elements=sum(change.n_elements for change in changes),
+        n_changed=sum(change.n_changed for change in changes),
+        n_nonfinite=sum(change.n_nonfinite for change in changes),
+        max_abs=max((change.max_abs for change in changes), default=0.0),
+        delta_squares=math.fsum(change.delta_squares for change in changes),
+        base_squares=math.fsum(change.base_squares for change in changes),
+    )
+
+
+def as_json(result: Diff) -> dict[str, Any]:
+    """The diff as JSON values: components, groups, and the names that could not be compared; None for no number."""
+    return {
+        "a": result.a,
+        "b": result.b,
+        "components": [{"component": n, **_numbers(c)} for n, c in result.components().items()],
+        "groups": [
+            {"component": g.component, "stack": g.stack, "layer": g.number, **_numbers(g.change)}
+            for g in result.groups
+        ],
+        "only_a": list(result.only_a),
+        "only_b": list(result.only_b),
+        "other_dtype": [vars(mismatch) for mismatch in result.other_dtype],
+        "not_compared": [vars(mismatch) for mismatch in result.not_compared],
+    }
+
+
+def show(result: Diff, console: Console) -> None:
+    """Print the diff as a table, component by component and layer by layer, and what could not be compared."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    console.print(Text(f"a: {printable(result.a)}\nb: {printable(result.b)}"), soft_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("component")
+    for label in ("tensors", "elements", "||b - a|| / ||a||", "max |b - a|", "changed"):
+        table.add_column(label, justify="right", no_wrap=True)
+    for name, change in result.components().items():
+        members = [group for group in result.groups if group.component == name]
+        table.add_row(name, *_columns(change), style="bold" if len(members) > 1 else None)
+        for group in members if len(members) > 1 else []:
+            place = f"{group.stack}.{group.number}" if group.stack is not None else "outside the layers"
+            table.add_row(Text("  " + printable(place), overflow="fold"), *_columns(group.change))
+    console.print(table)
+    n_nonfinite = sum(group.change.n_nonfinite for group in result.groups)
+    if n_nonfinite:
+        console.print(
+            Text(
+                f"{n_nonfinite:,} elements are NaN or infinite in a or b: counted as changed where they "
+                "differ, but in no norm"
+            ),
+            soft_wrap=True,
+        )
+    _list(console, "only in a", result.only_a)
+    _list(console, "only in b", result.only_b)
+    _list(console, "another dtype", [f"{m.name}: {m.a}, {m.b}" for m in result.other_dtype])
+    _list(console, "not compared", [f"{m.name}: {m.a}, {m.b}" for m in result.not_compared])
+
+
+def _list(console: Console, label: str, lines: Sequence[str], limit: int = 10) -> None:
+    from rich.text import Text
+
+    if lines:
+        more = [f"and {len(lines) - limit} more"] if len(lines) > limit else []
+        shown = [f"{label}: {len(lines):,}", *(printable(line) for line in lines[:limit]), *more]
+        console.print(Text("\n  ".join(shown)), soft_wrap=True)
+
+
+def _compare(
+    files: Files,
+    a: Tensor,
+    b: Tensor,
+    buffers: tuple[memoryview, memoryview],
+    advance: Callable[[int], None],
+) -> Change:
+    """One tensor, chunk by chunk; `buffers` hold as many 8-byte elements as a chunk may have."""
+    parts = [Change(n_tensors=1)]
+    step = len(buffers[0]) // 8
+    for start in range(0, a.numel, step):
+        x, y = (
+            _read(files, tensor, start, min(step, tensor.numel - start), buffer)
+            for tensor, buffer in zip((a, b), buffers, strict=True)
+        )
+        parts.append(_change(x, y))
+        advance(x.nbytes + y.nbytes)
+    return total(parts)
+
+
+def _read(files: Files, tensor: Tensor, start: int, n: int, buffer: memoryview) -> np.ndarray[Any, Any]:
+    dtype = _DTYPES[tensor.dtype]
+    view = buffer[: n * dtype.itemsize]
+    files.read(tensor, start * dtype.itemsize, view)
+    return np.frombuffer(view, dtype)
+
+
+def _change(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> Change:
+    a, b = x.astype(np.float64), y.astype(np.float64)
+    integers = (
+        x.dtype.kind in "iu" and y.dtype.kind in "iu"
+    )  # beyond 2**53, float64 no longer tells them apart
+    n_changed = np.count_nonzero(x != y if integers else (a != b) & ~(np.isnan(a) & np.isnan(b)))
+    finite = np.isfinite(a) & np.isfinite(b)
+    n_nonfinite = finite.size - np.count_nonzero(finite)
+    if n_nonfinite:
+        a, b = a[finite], b[finite]
+    with np.errstate(over="ignore"):
+        delta = b - a
+        return Change(
+            n_elements=x.size,
+            n_changed=int(n_changed),
+            n_nonfinite=int(n_nonfinite),
+            max_abs=float(np.max(np.abs(delta), initial=0.0)),
+            delta_squares=float(np.sum(np.square(delta))),
+            base_squares=float(np.sum(np.square(a))),
+        )
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"
+
+
+def _numbers(change: Change) -> dict[str, Any]:
+    return {
+        "tensors": change.n_tensors,
+        "elements": change.n_elements,
+        "changed_elements": change.n_changed,
+        "nonfinite_elements": change.n_nonfinite,
+        "relative_l2": _finite(change.relative_l2),
+        "max_abs": _finite(change.max_abs),
+        "changed": change.changed,
+    }
+
+
+def _finite(number: float | None) -> float | None:
+    return number if number is not None and math.isfinite(number) else None
+
+
+def _columns(change: Change) -> tuple[str, str, str, str, str]:
+    relative = _finite(change.relative_l2)
+    return (
+        f"{change.n_tensors:,}",
+        f"{change.n_elements:,}",
+        "a is 0" if relative is None else _percent(relative),
+        f"{change.max_abs:.3g}",
+        _percent(change.changed),
+    )
+
+
+def _percent(share: float) -> str:
+    """Three digits, but never rounded to 0 % or 100 % when it is neither."""
+    if 0.9995 <= share < 1:
+        return "> 99.9 %"
+    return f"{100 * share:.3g} %"

@@ -1,0 +1,120 @@
+"""A picture of a diff: how far each layer of each component has moved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ggez_merge.components import COMPONENTS
+from ggez_merge.diff import Diff, Group
+from ggez_merge.errors import Failed, Problem, Refused
+from ggez_merge.untrusted import printable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Distinct also to the colour-blind (Okabe and Ito), the same colour for the same component in every plot.
+_COLOURS = ("#0072B2", "#56B4E9", "#E69F00", "#CC79A7", "#009E73", "#F0E442", "#D55E00", "#8C564B")
+_INK, _FAINT = "#333333", "#DDDDDD"
+
+
+def plot(result: Diff, path: Path) -> None:
+    """Draw relative L2 per layer, one line per component, and bars for what lies outside the layers.
+
+    The suffix of `path` says the format: .png or .svg. Raises Refused for another one, when nothing was compared,
+    or without matplotlib; Failed when the file cannot be written.
+    """
+    if path.suffix.lower() not in (".png", ".svg"):
+        raise Refused(
+            Problem("a plot is a .png or an .svg file", found=path.name, remedy="give the file that suffix")
+        )
+    if not result.groups:
+        raise Refused(
+            Problem("the checkpoints have no tensor in common that could be compared", found=result.b)
+        )
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise Refused(Problem("matplotlib is not installed", remedy="pip install matplotlib")) from None
+    layered = [group for group in result.groups if group.stack is not None]
+    rest = [group for group in result.groups if group.stack is None]
+    figure = Figure(figsize=(10 if layered and rest else 7, 4.2), dpi=150, layout="constrained")
+    title = f"How far {_short(result.b)} is from {_short(result.a)}"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=_INK, parse_math=False)
+    shares = [1.7] * bool(layered) + [1.0] * bool(rest)
+    axes = list(figure.subplots(1, len(shares), squeeze=False, width_ratios=shares)[0])
+    if layered:
+        _lines(axes.pop(0), layered)
+    if rest:
+        _bars(axes.pop(0), rest)
+    try:
+        figure.savefig(path, format=path.suffix.lower()[1:])
+    except OSError as error:
+        raise Failed(f"{path}: the plot cannot be written: {error.strerror}") from error
+
+
+def _lines(axes: Axes, groups: list[Group]) -> None:
+    curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for group in groups:
+        if group.stack is not None and group.number is not None:
+            curve = curves.setdefault((group.component, group.stack), [])
+            curve.append((group.number, _percent(group)))
+    components = [component for component, _ in curves]
+    for at, ((component, stack), curve) in enumerate(curves.items()):
+        alone = components.count(component) == 1
+        axes.plot(
+            *zip(*curve, strict=True),
+            color=_colour(component),
+            linestyle="-" if alone or component not in components[:at] else "--",
+            marker="o",
+            markersize=4 if len(curve) > 20 else 5,
+            linewidth=1.8,
+            label=component if alone else f"{component} ({printable(stack)[-40:]})",
+        )
+    _style(axes, "layers")
+    axes.set_xlabel("layer", color=_INK)
+    axes.set_ylabel("‖b − a‖ / ‖a‖, %", color=_INK)
+    axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(axis="y", color=_FAINT, linewidth=0.8)
+    for text in axes.legend(frameon=False, fontsize=9, labelcolor=_INK).get_texts():
+        text.set_parse_math(False)
+
+
+def _bars(axes: Axes, groups: list[Group]) -> None:
+    groups = groups[::-1]  # the first one on top
+    values = [_percent(group) for group in groups]
+    bars = axes.barh(
+        [group.component for group in groups],
+        values,
+        color=[_colour(g.component) for g in groups],
+        height=0.6,
+    )
+    labels = ["a is 0" if group.change.relative_l2 is None else f"{_percent(group):.3g}" for group in groups]
+    axes.bar_label(bars, labels, padding=4, fontsize=9, color=_INK)
+    _style(axes, "outside the layers")
+    axes.set_xlabel("‖b − a‖ / ‖a‖, %", color=_INK)
+    axes.set_xlim(0, max(values, default=0) * 1.2 or 1)
+    axes.grid(axis="x", color=_FAINT, linewidth=0.8)
+    axes.tick_params(axis="y", length=0)
+
+
+def _style(axes: Axes, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=10, color=_INK)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_FAINT)
+    axes.tick_params(colors=_INK, labelsize=9)
+
+
+def _percent(group: Group) -> float:
+    return 100 * (group.change.relative_l2 or 0.0)
+
+
+def _colour(component: str) -> str:
+    return _COLOURS[COMPONENTS.index(component) % len(_COLOURS)]
+
+
+def _short(reference: str) -> str:
+    """The last part of a path or an id: what tells two models apart in a title."""
+    return printable(Path(reference).name or reference)[-48:]

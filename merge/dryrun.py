@@ -1,0 +1,99 @@
+"""What `--dry-run` answers: everything a merge will do, from headers alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ggez_merge.carry import carried_files
+from ggez_merge.plan import Plan, free_bytes
+from ggez_merge.run import HASH_BUFFER_BYTES, Sizing
+from ggez_merge.summary import groups
+from ggez_merge.units import readable_bytes
+
+
+def describe(plan: Plan, size: Sizing, copy_code: bool) -> dict[str, Any]:
+    """The plan as plain data (bytes and counts as numbers), the content of `--dry-run --json`."""
+    return {
+        "method": plan.method.name,
+        "output": str(plan.folder),
+        "inputs": [
+            {
+                "reference": checkpoint.reference,
+                "role": "base" if checkpoint is plan.layout else "model",
+                "parameters": checkpoint.parameters,
+                "bytes": checkpoint.nbytes,
+                "dtypes": sorted({tensor.dtype for tensor in checkpoint.tensors.values()}),
+                "shards": len(checkpoint.files),
+            }
+            for checkpoint in plan.checkpoints
+        ],
+        "groups": [
+            {
+                "component": group.component,
+                "via": group.via,
+                "parameters": group.parameters,
+                "tensors": group.n_tensors,
+                "elements": group.n_elements,
+                "bytes": group.n_bytes,
+            }
+            for group in groups(plan)
+        ],
+        "copied": [
+            {"tensor": output.entry.name, "why": output.via} for output in plan.outputs if output.action != "merge"
+        ],
+        "dtypes": sorted({output.entry.dtype for output in plan.outputs}),
+        "shards": [{"file": shard.name, "bytes": shard.size} for shard in plan.shards],
+        "files_carried": carried_files(plan.layout, copy_code),
+        "read_bytes": plan.read_bytes,
+        "write_bytes": plan.write_bytes,
+        "buffer_bytes": size.threads * size.arena_bytes + HASH_BUFFER_BYTES,
+        "threads": size.threads,
+        "block_bytes": size.block_bytes,
+        "free_bytes": free_bytes(plan.folder),
+        "notes": list(plan.notes),
+    }
+
+
+def show(said: dict[str, Any]) -> None:
+    """Print `describe`'s answer for people."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    console.print(Text.assemble((said["method"], "bold"), " → ", said["output"]))
+    inputs = Table("", "input", "parameters", "size", "dtype", "shards", box=box.SIMPLE_HEAD)
+    for entry in said["inputs"]:
+        inputs.add_row(
+            entry["role"],
+            Text(entry["reference"]),
+            f"{entry['parameters']:,}",
+            readable_bytes(entry["bytes"]),
+            " ".join(entry["dtypes"]),
+            str(entry["shards"]),
+        )
+    console.print(inputs)
+    table = Table("component", "reached by", "parameters", "tensors", "elements", "size", box=box.SIMPLE_HEAD)
+    for group in said["groups"]:
+        table.add_row(
+            group["component"],
+            Text(group["via"]),
+            Text(group["parameters"]),
+            f"{group['tensors']:,}",
+            f"{group['elements']:,}",
+            readable_bytes(group["bytes"]),
+        )
+    console.print(table)
+    shards = said["shards"]
+    names = shards[0]["file"] if len(shards) == 1 else f"{shards[0]['file']} … ({len(shards)} shards)"
+    lines = [
+        ("writes", f"{readable_bytes(said['write_bytes'])} as {' '.join(said['dtypes'])}: {names}"),
+        ("reads", readable_bytes(said["read_bytes"])),
+        ("carries", ", ".join(said["files_carried"]) or "no files besides the weights"),
+        ("memory", f"{readable_bytes(said['buffer_bytes'])} of buffers at most, {said['threads']} threads"),
+        ("free disk", readable_bytes(said["free_bytes"])),
+        *(("note", note) for note in said["notes"]),
+    ]
+    for label, text in lines:
+        console.print(Text.assemble((f"{label:>10}  ", "dim"), text))

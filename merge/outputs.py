@@ -1,0 +1,420 @@
+"""Which tensors the merged checkpoint has, and what goes into each of them.
+
+The base (or, without one, the first model) gives the layout: names, their order, the config. Every other input must
+have the same tensors with the same shapes; whatever differs is refused, or copied where the recipe says so.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from ggez_merge.checkpoint import FLOATS, ITEM_BITS, Checkpoint, Tensor
+from ggez_merge.components import component, layer, rename_layer
+from ggez_merge.errors import Problem
+from ggez_merge.methods.method import Job, Method
+from ggez_merge.recipe import ModelReference, Module, Recipe, Slice
+from ggez_merge.resolve import Resolver, gradient_position, some
+from ggez_merge.shards import Entry
+
+Action = Literal["merge", "copy", "equal"]
+LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+MODULE_ALIASES = {
+    "text_decoder": ("language model", "embeddings", "lm head"),
+    "language_model": ("language model", "embeddings", "lm head"),
+    "vision_tower": ("vision tower",),
+    "vision_model": ("vision tower",),
+    "vision_encoder": ("vision tower",),
+    "multi_modal_projector": ("projector",),
+}  # mergekit's names of the parts of a vision-language model -> our components
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor of the merged checkpoint.
+
+    action: "merge" combines `base` (if the method uses one) and `models` as `job` says; "copy" takes models[0] as it
+    is; "equal" takes models[0] after checking that all of `models` hold the same bytes. `via` says why, for people.
+    """
+
+    entry: Entry
+    action: Action
+    base: Tensor | None
+    models: tuple[Tensor, ...]
+    job: Job | None
+    via: str
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """Everything that is read for it, the base first."""
+        return (self.base, *self.models) if self.base else self.models
+
+
+@dataclass
+class Assembled:
+    """The outputs in layout order, and everything that was wrong or is worth knowing."""
+
+    layout: Checkpoint
+    config: dict[str, Any] | None
+    given: frozenset[str] = frozenset()  # names of all parameters that the recipe gives anywhere
+    outputs: list[Output] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def assemble(recipe: Recipe, method: Method, checkpoints: Mapping[ModelReference, Checkpoint]) -> Assembled:
+    """Every output of a recipe whose checkpoints are open."""
+    first = recipe.modules[0].slices[0]
+    layout_reference = recipe.base_model or first.base_model or first.sources[0].model
+    assembled = Assembled(checkpoints[layout_reference], copy.deepcopy(checkpoints[layout_reference].config))
+    _Assembler(recipe, method, checkpoints, assembled).run()
+    return assembled
+
+
+class _Assembler:
+    def __init__(
+        self,
+        recipe: Recipe,
+        method: Method,
+        checkpoints: Mapping[ModelReference, Checkpoint],
+        assembled: Assembled,
+    ) -> None:
+        self.recipe = recipe
+        self.method = method
+        self.checkpoints = checkpoints
+        self.result = assembled
+        self.resolver = Resolver(recipe, method)
+        assembled.given = frozenset(self.resolver.given())
+        self.uses_base = method.uses_base(assembled.given)
+        self.missing: dict[tuple[str, str], list[str]] = defaultdict(list)  # (lacks, has) -> names
+
+    def run(self) -> None:
+        for module in self.recipe.modules:
+            for piece in module.slices:
+                self._check_inputs(piece)
+        if self.result.problems:
+            return
+        for module, names in self._by_module():
+            if any(source.layer_range for piece in module.slices for source in piece.sources):
+                self._stack(module, names)
+            else:
+                self._whole(module, names)
+        self._explain_missing()
+        self.result.problems.extend(self.resolver.problems())
+        if self.recipe.base_model and not self.uses_base and self.recipe.base_model not in self._listed():
+            self.result.notes.append(
+                f"{self.recipe.base_model} gives the layout, config and tokenizer; {self.method.name} "
+                "with weights averages the listed models alone"
+            )
+
+    def _listed(self) -> set[ModelReference]:
+        return {s.model for module in self.recipe.modules for piece in module.slices for s in piece.sources}
+
+    # --- who takes part ---------------------------------------------------------------------------------------
+
+    def _base(self, piece: Slice) -> ModelReference | None:
+        return (piece.base_model or self.recipe.base_model) if self.uses_base else None
+
+    def _models(self, piece: Slice) -> list[int]:
+        """Indices of the sources that are merged: all of them but the base itself."""
+        base = self._base(piece)
+        if base is None:
+            return list(range(len(piece.sources)))
+        home = self.checkpoints[base].files
+        return [i for i, source in enumerate(piece.sources) if self.checkpoints[source.model].files != home]
+
+    def _check_inputs(self, piece: Slice) -> None:
+        place = self.recipe.place(*piece.where) if piece.where else self.recipe.place("models")
+        if self.uses_base and self._base(piece) is None:
+            self.result.problems.append(
+                Problem(
+                    f"{self.method.name} needs a base_model",
+                    place=self.recipe.place("merge_method"),
+                    remedy="add `base_model:`, the model that the others were tuned from",
+                )
+            )
+            return
+        least, most = self.method.n_models
+        n = len(self._models(piece))
+        if n < least or (most is not None and n > most):
+            besides = " besides the base" if self.uses_base else ""
+            self.result.problems.append(
+                Problem(
+                    f"{self.method.name} merges {'exactly' if least == most else 'at least'} {least} "
+                    f"model{'s' if least > 1 else ''}{besides}",
+                    place=place,
+                    found=f"{n}: " + ", ".join(str(piece.sources[i].model) for i in self._models(piece)),
+                )
+            )
+
+    # --- which names belong to which module ---------------------------------------------------------------------
+
+    def _by_module(self) -> Iterable[tuple[Module, list[str]]]:
+        modules = self.recipe.modules
+        layout = self.result.layout.tensors
+        if modules[0].name is None:
+            yield modules[0], list(layout)
+            return
+        taken: dict[str, list[str]] = {str(module.name): [] for module in modules}
+        left = []
+        for name in layout:
+            owner = next((m for m in modules if m.name != "default" and _in_module(name, str(m.name))), None)
+            owner = owner or next((m for m in modules if m.name == "default"), None)
+            taken[str(owner.name)].append(name) if owner else left.append(name)
+        if left:
+            self.result.problems.append(
+                Problem(
+                    "some tensors belong to no module of the recipe",
+                    place=self.recipe.place("modules"),
+                    tensor=some(left),
+                    remedy="add a module named `default` for all that is left",
+                )
+            )
+        for module in modules:
+            if not taken[str(module.name)]:
+                self.result.problems.append(
+                    Problem(
+                        f"the module `{module.name}` reaches no tensor",
+                        place=self.recipe.place(*module.where),
+                        expected=f"one of {', '.join(MODULE_ALIASES)}, `default`, or a prefix or glob of tensor names",
+                    )
+                )
+            yield module, taken[str(module.name)]
+
+    # --- models merged as they stand ------------------------------------------------------------------------------
+
+    def _whole(self, module: Module, names: list[str]) -> None:
+        piece = module.slices[0]
+        base = self._base(piece)
+        indices = self._models(piece)
+        parts = [base] if base else []
+        parts += [piece.sources[i].model for i in indices]
+        tables = [self.checkpoints[reference].tensors for reference in parts]
+        if module.name is None:
+            known = set(names)
+            names = names + [n for table in tables for n in table if not (n in known or known.add(n))]  # type: ignore[func-returns-value]
+        depth = _layer_counts(names)
+        layout = self.result.layout
+        for name in names:
+            tensors = [table.get(name) for table in tables]
+            found = [tensor for tensor in tensors if tensor is not None]
+            if len(found) == len(tensors) and name in layout.tensors:
+                self._add(name, found, base is not None, module, piece, indices, gradient_position(name, depth))
+                continue
+            origin = layout.tensors.get(name) or found[0]
+            lacking = [str(p) for p, tensor in zip(parts, tensors, strict=True) if tensor is None]
+            if name not in layout.tensors and not lacking:
+                lacking = [layout.reference]
+            owner = layout.reference if name in layout.tensors else str(parts[tensors.index(origin)])
+            if self.recipe.missing == "copy":
+                self._copy(name, origin, f"copied from {owner}: {', '.join(lacking)} has no such tensor")
+            for reference in lacking:
+                self.missing[(reference, owner)].append(name)
+
+    # --- layer ranges stacked ---------------------------------------------------------------------------------------
+
+    def _stack(self, module: Module, names: list[str]) -> None:
+        """Layers of the slices one after the other; embeddings as the first slice has them, the rest as the last."""
+        depth = _layer_counts(names)
+        if len(depth) != 1:
+            self.result.problems.append(
+                Problem(
+                    "layer ranges need exactly one stack of layers",
+                    place=self.recipe.place(*module.where, "slices"),
+                    found=", ".join(f"{prefix} ({count} layers)" for prefix, count in depth.items()) or "none",
+                    remedy="give each stack its own entry under `modules:`",
+                )
+            )
+            return
+        ((prefix, old_count),) = depth.items()
+        in_layer = defaultdict(list)
+        for name in names:
+            where = layer(name)
+            in_layer[where[1] if where and where[0] == prefix else None].append(name)
+        order: list[int] = []
+        if not self._ranges_fit(module, prefix):
+            return
+        for name in in_layer[None]:
+            piece = module.slices[0 if component(name) == "embeddings" else -1]
+            self._slice_tensor(module, piece, name, name, None, gradient_position(name, {}))
+        for piece in module.slices:
+            begin, end = piece.sources[0].layer_range or (0, 0)
+            for offset in range(end - begin):
+                t = offset / (end - begin - 1) if end - begin > 1 else 1.0
+                for name in in_layer[begin + offset]:
+                    self._slice_tensor(module, piece, rename_layer(name, len(order)), name, offset, t)
+                order.append(begin + offset)
+        self._set_depth(prefix, old_count, order, module)
+
+    def _ranges_fit(self, module: Module, prefix: str) -> bool:
+        before = len(self.result.problems)
+        for piece in module.slices:
+            lengths = {s.layer_range[1] - s.layer_range[0] for s in piece.sources if s.layer_range}
+            if len(lengths) > 1:
+                self.result.problems.append(
+                    Problem(
+                        "the sources of one slice have layer ranges of different lengths",
+                        place=self.recipe.place(*piece.where),
+                        found=", ".join(str(list(s.layer_range or ())) for s in piece.sources),
+                    )
+                )
+            for source in piece.sources:
+                count = _layer_counts(self.checkpoints[source.model].tensors).get(prefix, 0)
+                if source.layer_range and source.layer_range[1] > count:
+                    self.result.problems.append(
+                        Problem(
+                            f"{source.model} has {count} layers under {prefix}",
+                            place=self.recipe.place(*source.where, "layer_range"),
+                            expected=f"a range within [0, {count}]",
+                            found=str(list(source.layer_range)),
+                        )
+                    )
+        return len(self.result.problems) == before
+
+    def _slice_tensor(
+        self, module: Module, piece: Slice, name: str, layout_name: str, offset: int | None, t: float
+    ) -> None:
+        """`offset` counts layers from the start of the slice; None for a tensor outside the stack."""
+        base = self._base(piece)
+        indices = self._models(piece)
+        wanted: list[tuple[ModelReference, str]] = [(base, layout_name)] if base else []
+        for i in indices:
+            source = piece.sources[i]
+            begin = source.layer_range[0] if source.layer_range else 0
+            own = layout_name if offset is None else rename_layer(layout_name, begin + offset)
+            wanted.append((source.model, own))
+        tensors = [self.checkpoints[reference].tensors.get(own) for reference, own in wanted]
+        for (reference, own), tensor in zip(wanted, tensors, strict=True):
+            if tensor is None:
+                self.missing[(str(reference), self.result.layout.reference)].append(own)
+        if all(tensors):
+            self._add(name, [x for x in tensors if x], base is not None, module, piece, indices, t)
+
+    def _set_depth(self, prefix: str, old: int, order: list[int], module: Module) -> None:
+        """Write the new number of layers into the config, wherever it states the old one for this stack."""
+        if self.result.config is None:
+            return
+        sections = [self.result.config] + [s for s in self.result.config.values() if isinstance(s, dict)]
+        keys = [(s, key) for s in sections for key in LAYER_COUNT_KEYS if s.get(key) == old]
+        if len(keys) != 1:
+            self.result.problems.append(
+                Problem(
+                    f"config.json does not say once and clearly how many layers {prefix} has",
+                    place=str(self.result.layout.folder / "config.json"),
+                    expected=f"one of {', '.join(LAYER_COUNT_KEYS)} with the value {old}",
+                    found=f"{len(keys)} such keys",
+                )
+            )
+            return
+        section, key = keys[0]
+        section[key] = len(order)
+        types = section.get("layer_types")
+        if isinstance(types, list) and len(types) == old:
+            section["layer_types"] = [types[i] for i in order]
+
+    # --- one tensor ---------------------------------------------------------------------------------------------
+
+    def _add(
+        self,
+        name: str,
+        tensors: Sequence[Tensor],
+        has_base: bool,
+        module: Module,
+        piece: Slice,
+        indices: Sequence[int],
+        t: float,
+    ) -> None:
+        shapes = Counter(tensor.shape for tensor in tensors)
+        if len(shapes) > 1:
+            vocabulary = component(name) in ("embeddings", "lm head")
+            self.result.problems.append(
+                Problem(
+                    "the inputs disagree on a tensor's shape",
+                    tensor=name,
+                    expected=f"{list(tensors[0].shape)} as in {tensors[0].file}",
+                    found=", ".join(f"{list(x.shape)} in {x.file}" for x in tensors if x.shape != tensors[0].shape),
+                    remedy="resize the embeddings of one model to the other's vocabulary first" if vocabulary else None,
+                )
+            )
+            return
+        if all(tensor.dtype in FLOATS for tensor in tensors):
+            resolved = self.resolver.resolve(name, tensors[0].numel, module, piece, indices, t)
+            dtype = self.recipe.out_dtype or self.recipe.dtype or promoted(tensors)
+            base = tensors[0] if has_base else None
+            models = tuple(tensors[1:] if has_base else tensors)
+            entry = _entry(name, dtype, tensors[0].shape)
+            self.result.outputs.append(Output(entry, "merge", base, models, resolved.job, resolved.via))
+            return
+        if len({tensor.dtype for tensor in tensors}) > 1:
+            self.result.problems.append(
+                Problem(
+                    "the inputs disagree on the dtype of a tensor that cannot be averaged",
+                    tensor=name,
+                    expected=f"{tensors[0].dtype} as in {tensors[0].file}",
+                    found=", ".join(f"{x.dtype} in {x.file}" for x in tensors if x.dtype != tensors[0].dtype),
+                )
+            )
+            return
+        if self.recipe.buffers == "base" and not tensors[0].dtype.startswith("F"):
+            self._copy(name, tensors[0], "copied from the base: integers are not averaged")
+        else:
+            entry = _entry(name, tensors[0].dtype, tensors[0].shape)
+            self.result.outputs.append(
+                Output(entry, "equal", None, tuple(tensors), None, "copied: the same in every input")
+            )
+
+    def _copy(self, name: str, tensor: Tensor, via: str) -> None:
+        dtype = (self.recipe.out_dtype or self.recipe.dtype or tensor.dtype) if tensor.dtype in FLOATS else tensor.dtype
+        self.result.outputs.append(Output(_entry(name, dtype, tensor.shape), "copy", None, (tensor,), None, via))
+
+    def _explain_missing(self) -> None:
+        for (lacks, has), names in self.missing.items():
+            if self.recipe.missing == "copy":
+                self.result.notes.append(f"{len(names)} tensors that {lacks} lacks are copied from {has}: {some(names)}")
+                continue
+            self.result.problems.append(
+                Problem(
+                    f"{lacks} lacks {len(names)} tensor{'s' if len(names) > 1 else ''} that {has} has",
+                    tensor=some(names),
+                    remedy="if they are the same model under other names, save both with one version of transformers; "
+                    "if not, `missing: copy` copies them unmerged",
+                )
+            )
+
+
+def promoted(tensors: Sequence[Tensor]) -> str:
+    """The dtype that holds all of these: theirs if they agree, F32 for a mix of 16-bit floats, else the widest."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) == 1:
+        return dtypes.pop()
+    return "F64" if "F64" in dtypes else "F32"
+
+
+def _entry(name: str, dtype: str, shape: tuple[int, ...]) -> Entry:
+    numel = 1
+    for length in shape:
+        numel *= length
+    return Entry(name, dtype, shape, numel * ITEM_BITS[dtype] // 8)
+
+
+def _layer_counts(names: Iterable[str]) -> dict[str, int]:
+    """Number of layers by the prefix of their stack."""
+    counts: dict[str, int] = {}
+    for name in names:
+        where = layer(name)
+        if where:
+            counts[where[0]] = max(counts.get(where[0], 0), where[1] + 1)
+    return counts
+
+
+def _in_module(name: str, module: str) -> bool:
+    if module in MODULE_ALIASES:
+        return component(name) in MODULE_ALIASES[module]
+    if re.search(r"[*?\[]", module):
+        return fnmatchcase(name, module)
+    return name == module or name.startswith(module + ".")

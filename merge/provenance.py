@@ -1,0 +1,161 @@
+"""Where a merged checkpoint comes from: its merge_report.json and its model card."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from ggez_merge import __version__
+from ggez_merge.plan import Plan
+from ggez_merge.run import Outcome, Tally
+from ggez_merge.outputs import Output
+from ggez_merge.summary import applied, groups
+from ggez_merge.units import readable_bytes
+
+REPORT_FORMAT = 1
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+METHOD_NAMES = {
+    "linear": "linear interpolation",
+    "task_arithmetic": "task arithmetic (arXiv 2212.04089)",
+    "ties": "TIES (arXiv 2306.01708)",
+    "dare_linear": "DARE (arXiv 2311.03099) with task arithmetic",
+    "dare_ties": "DARE (arXiv 2311.03099) with TIES election",
+    "slerp": "spherical linear interpolation",
+    "passthrough": "passthrough",
+}
+
+
+def labels(plan: Plan) -> list[str]:
+    """The merged models in recipe order, as the recipe names them (slices: by number, they may differ per slice)."""
+    names = [str(source.model) for source in plan.recipe.modules[0].slices[0].sources]
+    base = str(plan.recipe.base_model)
+    merged = [name for name in names if name != base] if plan.method.uses_base(plan.given) else names
+    most = max((len(output.models) for output in plan.outputs), default=0)
+    return merged if len(merged) >= most else [f"model {i + 1}" for i in range(most)]
+
+
+def report(plan: Plan, outcome: Outcome, files: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The content of merge_report.json: what went in, what was done to each tensor, what came out.
+
+    files: name -> {"bytes", "blake3"} of every file of the output but the report and the card. Norms are Euclidean
+    (sqrt of the sum of squares, in the inputs' units), `delta_norms` those of model - base for each model.
+    """
+    names = labels(plan)
+    return {
+        "format": REPORT_FORMAT,
+        "tool": {"ggez-merge": __version__, **_versions()},
+        "machine": {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
+        "fingerprint": plan.fingerprint,
+        "method": plan.method.name,
+        "recipe": plan.recipe.text,
+        "inputs": [
+            {
+                "reference": checkpoint.reference,
+                "revision": checkpoint.revision,
+                "parameters": checkpoint.parameters,
+                "files": {
+                    file.path.name: {"bytes": file.size, "blake3": outcome.input_hashes[str(file.path)]}
+                    for file in checkpoint.files
+                },
+            }
+            for checkpoint in plan.checkpoints
+        ],
+        "outputs": files,
+        "run": {
+            "device": outcome.device,
+            "threads": outcome.threads,
+            "memory_bytes": outcome.memory_bytes,
+            "direct_io": outcome.direct,
+            "read_bytes": plan.read_bytes,
+            "write_bytes": plan.write_bytes,
+            "resumed_bytes": outcome.resumed_bytes,
+            "seconds": {key: round(value, 3) for key, value in outcome.seconds.items()},
+        },
+        "notes": list(plan.notes),
+        "tensors": {
+            output.entry.name: _tensor(output, tally, names)
+            for output, tally in zip(plan.outputs, outcome.tallies, strict=True)
+        },
+    }
+
+
+def _tensor(output: Output, tally: Tally, names: list[str]) -> dict[str, Any]:
+    said: dict[str, Any] = {"action": output.action, "via": output.via}
+    if output.job is not None:
+        said["parameters"] = applied(output, names)
+    if output.base is not None:
+        said["delta_norms"] = [float(f"{math.sqrt(square):.6g}") for square in tally.delta_squares]
+    if any(tally.nonfinite):
+        said["nonfinite"] = tally.nonfinite
+    return said
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("numpy", "numba", "torch", "safetensors"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def report_bytes(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def model_card(plan: Plan, name: str) -> bytes:
+    """README.md of the merged checkpoint."""
+    references = [checkpoint.reference for checkpoint in plan.checkpoints]
+    hub = [reference for reference in references if HUB_ID.fullmatch(reference)]
+    front = ["---", "library_name: transformers"] if plan.config else ["---"]
+    front += ["base_model:", *(f"- {reference}" for reference in hub)] if hub else []
+    front += ["base_model_relation: merge", "tags:", "- merge", "- ggez-merge", f"- {plan.method.name}", "---"]
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", plan.recipe.text)), default=0))
+    rows = [
+        f"| {group.component} | {_cell(group.via)} | {_cell(group.parameters)} | {group.n_tensors} | {group.n_elements:,} |"
+        for group in groups(plan)
+    ]
+    inputs = [
+        f"| {_cell(c.reference)}{f' @ {c.revision}' if c.revision else ''} | {c.parameters:,} | {readable_bytes(c.nbytes)} |"
+        for c in plan.checkpoints
+    ]
+    text = [
+        *front,
+        "",
+        f"# {name}",
+        "",
+        f"Merged from {len(plan.checkpoints)} checkpoints by {METHOD_NAMES[plan.method.name]} with "
+        f"ggez-merge {__version__}.",
+        "",
+        "| input | parameters | size |",
+        "|---|---|---|",
+        *inputs,
+        "",
+        "## What was merged how",
+        "",
+        "| component | reached by | parameters | tensors | elements |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+        *([f"- {note}" for note in plan.notes] + [""] if plan.notes else []),
+        "## Recipe",
+        "",
+        f"{fence}yaml",
+        plan.recipe.text.rstrip(),
+        fence,
+        "",
+        "Hashes of all inputs and outputs, and what was applied to every tensor, are in `merge_report.json`; "
+        "`ggez-merge verify` checks this folder against it.",
+        "",
+    ]
+    return "\n".join(text).encode()
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

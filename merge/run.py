@@ -1,0 +1,387 @@
+"""The loop: measure, then combine block by block into the output's shards, with progress, resume and a report.
+
+Workers take blocks in order. Each reads the block's tiles into its own arena, runs one kernel call per tile straight
+into the output buffer, writes the block at its offset, and adds it to the shard's hash when its turn comes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from ggez_kernels.sparsify import Stats
+
+from ggez_merge.backend import load_kernels
+from ggez_merge.checkpoint import FLOATS
+from ggez_merge.errors import Failed, Interrupted, Problem, Refused
+from ggez_merge.measure import CHUNK, Bench, measure
+from ggez_merge.methods.method import Apply
+from ggez_merge.plan import Plan
+from ggez_merge.read import NUMPY_DTYPE, Arena, Files, align
+from ggez_merge.resolve import some
+from ggez_merge.shards import Block, Span, block_bytes, blocks
+from ggez_merge.write import ShardWriter, Staging, latest, prefers_direct
+
+HASH_BUFFER_BYTES = 4 << 20
+
+
+class Progress(Protocol):
+    """Told how a merge comes along; called from worker threads."""
+
+    def phase(self, name: str, total_bytes: int) -> None: ...
+    def advance(self, n_bytes: int) -> None: ...
+
+
+@dataclass
+class Stop:
+    """Asked for by a signal handler, looked at between blocks."""
+
+    event: threading.Event = field(default_factory=threading.Event)
+    signal_number: int = 0
+
+    def ask(self, signal_number: int) -> None:
+        self.signal_number = signal_number
+        self.event.set()
+
+
+@dataclass
+class Tally:
+    """What the kernels saw of one output tensor."""
+
+    delta_squares: list[float]  # per model, sum of (x - base)^2
+    nonfinite: list[int]  # NaN and Inf per input, base first
+    nonfinite_out: int = 0
+    unequal: bool = False
+
+    def add(self, stats: Stats) -> None:
+        self.delta_squares = [a + b for a, b in zip(self.delta_squares, stats.delta_squares, strict=True)]
+        self.nonfinite = [a + b for a, b in zip(self.nonfinite, stats.nonfinite, strict=True)]
+        self.nonfinite_out += stats.nonfinite_out
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A merge that ran to its end: what it saw of every tensor, and hashes of everything read and written."""
+
+    tallies: Sequence[Tally]
+    input_hashes: dict[str, str]
+    output_hashes: dict[str, str]
+    device: str
+    threads: int
+    memory_bytes: int
+    resumed_bytes: int
+    direct: bool
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """How a memory budget is shared out."""
+
+    threads: int
+    arena_bytes: int  # one worker's
+    block_bytes: int
+
+
+def sizing(plan: Plan, threads: int | None, memory_bytes: int) -> Sizing:
+    """Threads, their arenas and the block size for a budget; Refused if the budget is too small for a single block.
+
+    By default as many workers as cores and two more, since direct writes wait for the disk without using a core.
+    Fewer workers are used if that is what the budget allows.
+    """
+    wanted = threads or (os.cpu_count() or 1) + 2
+    for workers in range(min(wanted, max(1, plan.write_bytes // (64 << 10) + 1)), 0, -1):
+        arena = (memory_bytes - HASH_BUFFER_BYTES) // workers
+        block = block_bytes(arena, plan.n_inputs, plan.widening)
+        if block and arena >= least_arena(plan):
+            return Sizing(workers, arena, block)
+    needed = HASH_BUFFER_BYTES + max(
+        least_arena(plan), int((64 << 10) * (1 + plan.n_inputs * plan.widening)) + (plan.n_inputs + 2) * 4096
+    )
+    raise Refused(
+        Problem(
+            "the memory budget is too small for this merge",
+            place="--memory",
+            expected=f"at least {needed:,} bytes for {plan.n_inputs} inputs",
+            found=f"{memory_bytes:,} bytes",
+        )
+    )
+
+
+def least_arena(plan: Plan) -> int:
+    """What measuring needs at least: one chunk of every input, and the largest header."""
+    widths = [sum(8 if t.dtype == "F64" else 4 for t in o.inputs) for o in plan.outputs if o.job]
+    return max(
+        max(widths, default=0) * CHUNK + (plan.n_inputs + 1) * 4096,
+        max(align(len(shard.header)) for shard in plan.shards),
+    )
+
+
+def run(
+    plan: Plan, staging: Staging, size: Sizing, memory_bytes: int, progress: Progress, stop: Stop
+) -> Outcome:
+    """Compute every shard into the staging folder. Raises Refused for bad weights, Failed, or Interrupted."""
+    return _Run(plan, staging, size, progress, stop).run(memory_bytes)
+
+
+class _Run:
+    def __init__(self, plan: Plan, staging: Staging, size: Sizing, progress: Progress, stop: Stop) -> None:
+        self.plan = plan
+        self.staging = staging
+        self.size = size
+        self.progress = progress
+        self.stop = stop
+        self.tallies = [
+            Tally([0.0] * len(output.models), [0] * len(output.inputs)) for output in plan.outputs
+        ]
+        self.lock = threading.Lock()
+        self.arenas: queue.SimpleQueue[Arena] = queue.SimpleQueue()
+        for _ in range(size.threads):
+            self.arenas.put(Arena(size.arena_bytes))
+        self.spoilt = False  # a weight that must not be merged was seen: read on to find them all, write no more
+
+    def run(self, memory_bytes: int) -> Outcome:
+        began = time.perf_counter()
+        self.kernels, device = load_kernels()
+        direct = prefers_direct(self.staging.checkpoint, self.plan.write_bytes)
+        seconds: dict[str, float] = {}
+        with (
+            Files([file for checkpoint in self.plan.checkpoints for file in checkpoint.files]) as self.files,
+            ThreadPoolExecutor(self.size.threads) as executor,
+            ThreadPoolExecutor(1) as hashing,
+        ):
+            self.executor = executor
+            try:
+                input_hashes = hashing.submit(self._hash_inputs)
+                self.applies = self._measure()
+                seconds["measure"] = time.perf_counter() - began
+                output_hashes, resumed = self._combine(direct)
+                seconds["combine"] = time.perf_counter() - began - seconds["measure"]
+                self._refuse_bad_weights()
+                hashes = self._wait([input_hashes])[0]
+                self.files.check_unchanged()
+            except BaseException:
+                self.stop.event.set()
+                raise
+        seconds["total"] = time.perf_counter() - began
+        return Outcome(
+            tallies=self.tallies,
+            input_hashes=hashes,
+            output_hashes=output_hashes,
+            device=device,
+            threads=self.size.threads,
+            memory_bytes=memory_bytes,
+            resumed_bytes=resumed,
+            direct=direct,
+            seconds=seconds,
+        )
+
+    # --- measure ------------------------------------------------------------------------------------------------
+
+    def _measure(self) -> list[Apply | None]:
+        method = self.plan.method
+        total = sum(tensor.nbytes for output in self.plan.outputs if output.job for tensor in output.inputs)
+        self.progress.phase("measuring", total)
+        bench = Bench(
+            self.kernels, self.files, self.executor, self._lend, self.size.arena_bytes, self._advance, self._wait
+        )
+        measured = measure(method, self.plan.outputs, bench)
+        return [
+            method.combine(self.kernels, output.job, result) if output.job else None
+            for output, result in zip(self.plan.outputs, measured, strict=True)
+        ]
+
+    # --- combine ------------------------------------------------------------------------------------------------
+
+    def _combine(self, direct: bool) -> tuple[dict[str, str], int]:
+        plan = self.plan
+        self.progress.phase("merging", plan.write_bytes)
+        self.writers: list[ShardWriter] = []
+        try:
+            for shard in plan.shards:
+                self.writers.append(ShardWriter(self.staging.checkpoint / shard.name, shard, direct))
+            self._resume()
+            resumed = sum(writer.hashed - len(writer.shard.header) for writer in self.writers)
+            self._advance(sum(writer.hashed for writer in self.writers))
+            done = [writer.hashed for writer in self.writers]
+            waiting = blocks(plan.shards, plan.entries, self.size.block_bytes, done)
+            self._wait([self.executor.submit(self._work, waiting) for _ in range(self.size.threads)])
+            hashes: dict[str, str] = {}
+            if not self.spoilt:
+                with self._lend() as arena:
+                    hashes = {writer.shard.name: writer.finish(arena) for writer in self.writers}
+        finally:
+            for writer in self.writers:
+                writer.close()
+        return hashes, resumed
+
+    def _resume(self) -> None:
+        """Take over what an interrupted run finished, with what it saw, after reading it back."""
+        with self._lend() as arena:
+            (view,) = arena.carve([self.size.block_bytes])
+            for number, writer in enumerate(self.writers):
+                records = latest(self.staging.records, number)
+                if records and writer.resume(records[-1]["bytes"], records[-1]["blake3"], view):
+                    for record in records:
+                        for index, squares in record["deltas"]:
+                            tally = self.tallies[index]
+                            tally.delta_squares = [a + b for a, b in zip(tally.delta_squares, squares, strict=True)]
+
+    def _work(self, waiting: Iterator[Block]) -> None:
+        with self._lend() as arena:
+            while not self.stop.event.is_set():
+                with self.lock:
+                    block = next(waiting, None)
+                if block is None:
+                    return
+                self._block(block, arena)
+
+    def _block(self, block: Block, arena: Arena) -> None:
+        writer = self.writers[block.shard]
+        room = align(block.nbytes)
+        (out,) = arena.carve([room])
+        seen: list[tuple[int, list[float]]] = []
+        for span in block.spans:
+            stats = self._tile(span, out[span.at : span.at + span.nbytes], arena, room)
+            if stats is not None and any(stats.delta_squares):
+                seen.append((span.output, list(stats.delta_squares)))
+        if not self.spoilt:
+            writer.write(out if writer.direct else out[: block.nbytes], block.offset)
+        digest = writer.hash_in_turn(out[: block.nbytes], block.offset, self.stop.event)
+        if digest is not None and not self.spoilt:
+            end = block.offset + block.nbytes
+            self.staging.record({"shard": block.shard, "bytes": end, "blake3": digest, "deltas": seen})
+        self._advance(block.nbytes)
+
+    def _tile(self, span: Span, out: memoryview, arena: Arena, taken: int) -> Stats | None:
+        output = self.plan.outputs[span.output]
+        tally = self.tallies[span.output]
+        if output.entry.dtype not in FLOATS:
+            self._copy_bytes(span, out, arena, taken)
+            return None
+        out_dtype = NUMPY_DTYPE[output.entry.dtype]
+        first, n = span.start // out_dtype.itemsize, span.nbytes // out_dtype.itemsize
+        dtypes = [NUMPY_DTYPE[tensor.dtype] for tensor in output.inputs]
+        views = arena.carve([taken, *(n * dtype.itemsize for dtype in dtypes)])[1:]
+        for tensor, dtype, view in zip(output.inputs, dtypes, views, strict=True):
+            self.files.read(tensor, first * dtype.itemsize, view)
+        arrays = [np.frombuffer(view, dtype) for dtype, view in zip(dtypes, views, strict=True)]
+        target = np.frombuffer(out, out_dtype)
+        apply = self.applies[span.output]
+        if apply is None:
+            stats = self.kernels.linear(target, None, arrays, [1.0])
+        else:
+            base = arrays[0] if output.base else None
+            stats = apply(target, base, arrays[1:] if output.base else arrays, first)
+        with self.lock:
+            tally.add(stats)
+            if self.plan.recipe.nonfinite == "error" and (any(stats.nonfinite) or stats.nonfinite_out):
+                self.spoilt = True
+        return stats
+
+    def _copy_bytes(self, span: Span, out: memoryview, arena: Arena, taken: int) -> None:
+        """A tensor that is no float: the first input's bytes, after a look whether the others have the same."""
+        first, *others = self.plan.outputs[span.output].inputs
+        self.files.read(first, span.start, out)
+        for tensor in others:
+            (view,) = arena.carve([taken, span.nbytes])[1:]
+            self.files.read(tensor, span.start, view)
+            if not np.array_equal(np.frombuffer(view, np.uint8), np.frombuffer(out, np.uint8)):
+                with self.lock:
+                    self.tallies[span.output].unequal = True
+                    self.spoilt = True
+
+    # --- around it ------------------------------------------------------------------------------------------------
+
+    def _refuse_bad_weights(self) -> None:
+        if not self.spoilt:
+            return
+        problems = []
+        for output, tally in zip(self.plan.outputs, self.tallies, strict=True):
+            name = output.entry.name
+            if tally.unequal:
+                problems.append(
+                    Problem(
+                        f"{output.entry.dtype} values cannot be averaged, and the inputs' differ",
+                        tensor=name,
+                        expected="the same values in " + ", ".join(str(x.file) for x in output.inputs),
+                        remedy="`buffers: base` takes the base's integers"
+                        if not output.entry.dtype.startswith("F")
+                        else "convert the models to bfloat16 first",
+                    )
+                )
+            for tensor, count in zip(output.inputs, tally.nonfinite, strict=True):
+                if count:
+                    problems.append(
+                        Problem(
+                            "NaN or Inf among the weights",
+                            place=str(tensor.file),
+                            tensor=name,
+                            found=f"{count:,} of {tensor.numel:,} elements",
+                            remedy="use an intact checkpoint, or let them through with `nonfinite: allow`",
+                        )
+                    )
+            if tally.nonfinite_out and not any(tally.nonfinite):
+                problems.append(
+                    Problem(
+                        f"the result is too large for {output.entry.dtype}",
+                        tensor=name,
+                        found=f"{tally.nonfinite_out:,} elements overflow",
+                        remedy="choose a wider `out_dtype`, or smaller weights",
+                    )
+                )
+        raise Refused(problems)
+
+    def _hash_inputs(self) -> dict[str, str]:
+        view = Arena(HASH_BUFFER_BYTES).carve([HASH_BUFFER_BYTES])[0]
+        hashes: dict[str, str] = {}
+        for checkpoint in self.plan.checkpoints:
+            for file in checkpoint.files:
+                digest = self.files.hash(file, view, self.stop.event)
+                if digest is not None:
+                    hashes[str(file.path)] = digest
+        return hashes
+
+    @contextlib.contextmanager
+    def _lend(self) -> Iterator[Arena]:
+        arena = self.arenas.get()
+        try:
+            yield arena
+        finally:
+            self.arenas.put(arena)
+
+    def _advance(self, n_bytes: int) -> None:
+        if self.stop.signal_number:
+            raise Interrupted("stopped", self.stop.signal_number)
+        self.progress.advance(n_bytes)
+
+    def _wait(self, futures: Sequence[Future[Any]]) -> list[Any]:
+        """Results in order. Looks up now and then, so that a signal is acted on; the first error stops all."""
+        pending: set[Future[Any]] = set(futures)
+        while pending:
+            finished, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
+            errors = [future.exception() for future in finished if future.exception()]
+            if errors:
+                self.stop.event.set()
+                wait(pending)
+                raise _first(errors)
+        if self.stop.signal_number:
+            raise Interrupted("stopped", self.stop.signal_number)
+        return [future.result() for future in futures]
+
+
+def _first(errors: Sequence[BaseException | None]) -> BaseException:
+    """The error to report: a reason to refuse or to stop before its consequences."""
+    for kind in (Interrupted, Refused, Failed):
+        for error in errors:
+            if isinstance(error, kind):
+                return error
+    return next(error for error in errors if error is not None)

@@ -1,0 +1,75 @@
+"""A plan in a few lines: which parameters reached how many tensors. What dry run, model card and report have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ggez_merge.components import component
+from ggez_merge.methods.method import Scalar
+from ggez_merge.outputs import Output
+from ggez_merge.plan import Plan
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors of one component that were reached by the same line of the recipe."""
+
+    component: str
+    via: str
+    parameters: str
+    n_tensors: int
+    n_elements: int
+    n_bytes: int
+
+
+def groups(plan: Plan) -> list[Group]:
+    """The groups in layout order."""
+    members: dict[tuple[str, str], list[Output]] = {}
+    for output in plan.outputs:
+        members.setdefault((component(output.entry.name), output.via), []).append(output)
+    return [
+        Group(
+            component=part,
+            via=via,
+            parameters=_parameters(plan, outputs),
+            n_tensors=len(outputs),
+            n_elements=sum(output.models[0].numel for output in outputs),
+            n_bytes=sum(output.entry.nbytes for output in outputs),
+        )
+        for (part, via), outputs in members.items()
+    ]
+
+
+def applied(output: Output, labels: Sequence[str]) -> dict[str, object]:
+    """The parameters of one tensor, those of each model under its label."""
+    if output.job is None:
+        return {}
+    return {**output.job.shared, **{k: dict(v) for k, v in zip(labels, output.job.models, strict=False) if v}}
+
+
+def _parameters(plan: Plan, outputs: Sequence[Output]) -> str:
+    """What applies to these tensors; a range where it varies (a gradient); defaults are left out."""
+    jobs = [output.job for output in outputs if output.job is not None]
+    if not jobs:
+        return "copied"
+    said = []
+    for key, parameter in plan.method.shared.items():
+        values = {job.shared[key] for job in jobs if key in job.shared}
+        if values and values != {parameter.default}:
+            said.append(f"{key} {_range(values)}")
+    for key in plan.method.per_model:
+        columns = [
+            _range({job.models[m][key] for job in jobs if key in job.models[m]}) for m in range(len(jobs[0].models))
+        ]
+        if any(columns):
+            said.append(f"{key} {' / '.join(columns)}")
+    return ", ".join(said) or "defaults"
+
+
+def _range(values: Iterable[Scalar]) -> str:
+    numbers = sorted(values, key=lambda value: (str(type(value)), value))
+    if not numbers:
+        return ""
+    shown = [f"{v:g}" if isinstance(v, float) else str(v).lower() for v in (numbers[0], numbers[-1])]
+    return shown[0] if len(numbers) == 1 else f"{shown[0]} … {shown[1]}"
