@@ -26,8 +26,8 @@ HAS_TRITON_WHEELS = (
 REQUIRES = [
     "blake3>=0.4",  # update_mmap and several threads
     "einops>=0.7",
-    "huggingface_hub>=0.23",  # LocalEntryNotFoundError for offline cache misses
-    "matplotlib>=3.8",
+    "huggingface_hub>=1.3",  # the oldest that transformers 5 works with
+    "matplotlib>=3.9",  # numpy 2
     "ml_dtypes>=0.5",  # bfloat16 for numpy 2
     f"numba>=0.61; {HAS_WHEELS}",  # numpy 2.1, Python 3.13
     "numpy>=2.0",
@@ -38,7 +38,7 @@ REQUIRES = [
     f"torch>=2.6; {HAS_WHEELS}",  # the oldest that transformers 5 works with
     "transformers>=5.0",
     f"triton>=3.2; {HAS_TRITON_WHEELS}",  # the one that belongs to torch 2.6
-    "typer>=0.12",
+    "typer>=0.15.4",  # earlier ones break with click 8.2
 ]
 
 TEST_REQUIRES = [
@@ -49,6 +49,7 @@ TEST_REQUIRES = [
     "pre-commit>=4.0",
     "pytest>=8.0",
     "ruff>=0.9",
+    "safetensors>=0.8",  # knows every dtype that the header tests compare
     "setuptools>=77",  # builds the wheel under test without a network
     "types-PyYAML>=6.0",
 ]
