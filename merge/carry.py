@@ -1,4 +1,4 @@
-"""The files that travel with the weights: whatever of the base's folder a loader needs, with the config brought up to date."""
+"""The files that travel with the weights: what a loader needs of the base's folder, the config brought up to date."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ CARRIED_STEMS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 CARRIED_FOLDERS = ("additional_chat_templates",)
 LEFT = ("trainer_state.json", "merge_report.json", "adapter_config.json", "training_args.json")
 LEFT_SUFFIXES = (".index.json", "_results.json")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "spiece.model",
+)
 TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 

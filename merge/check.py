@@ -33,9 +33,7 @@ class Check:
         remedy: str | None = None,
     ) -> None:
         shown = None if found is None else printable(found if isinstance(found, str) else repr(found))
-        self.problems.append(
-            Problem(printable(what), self.document.place(*where), None, expected, shown, remedy)
-        )
+        self.problems.append(Problem(printable(what), self.document.place(*where), None, expected, shown, remedy))
 
     def mapping(
         self,
@@ -65,9 +63,7 @@ class Check:
                 remedy = nearest(key, keys)
                 if remedy is None and "parameters" in keys:
                     remedy = "if it is a parameter of the merge method, put it under `parameters`"
-                self.refuse(
-                    (*where, key), f"`{key}` is not a key here.", f"one of {listed(keys)}", None, remedy
-                )
+                self.refuse((*where, key), f"`{key}` is not a key here.", f"one of {listed(keys)}", None, remedy)
         return {key: given for key, given in value.items() if key in keys and given is not None}
 
     def elements(self, where: Where, value: Any) -> list[tuple[Where, Any]]:
@@ -88,9 +84,7 @@ class Check:
         given = [key for key in keys if key in section]
         if len(given) != 1:
             here = (*where, given[1]) if given else where
-            self.refuse(
-                here, f"Exactly one of {listed(keys)} must be given.", None, listed(given) or "none of them"
-            )
+            self.refuse(here, f"Exactly one of {listed(keys)} must be given.", None, listed(given) or "none of them")
         return given[0] if given else None
 
     def text(self, where: Where, value: Any) -> str | None:

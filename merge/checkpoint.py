@@ -47,9 +47,7 @@ class Checkpoint:
         return sum(tensor.numel for tensor in self.tensors.values() if tensor.dtype in FLOATS | FLOAT8)
 
 
-def open_checkpoint(
-    reference: str, revision: str | None = None, search: Sequence[Path] = (Path("."),)
-) -> Checkpoint:
+def open_checkpoint(reference: str, revision: str | None = None, search: Sequence[Path] = (Path("."),)) -> Checkpoint:
     """Find a checkpoint and validate every header of it; no weight is read.
 
     `reference` is a folder, a .safetensors file (relative paths are tried against each folder of `search` in
@@ -93,9 +91,7 @@ def _locate(reference: str, revision: str | None, search: Sequence[Path]) -> tup
     """The local file or folder that `reference` means, and the commit if it came from Hugging Face."""
     if not reference or "\0" in reference:
         raise Refused(
-            Problem(
-                f"not a path or a Hugging Face id: {reference!r}", remedy="name a folder, a file or an id"
-            )
+            Problem(f"not a path or a Hugging Face id: {reference!r}", remedy="name a folder, a file or an id")
         )
     tried = list(dict.fromkeys(folder / reference for folder in search))
     for path in tried:
@@ -153,9 +149,7 @@ def _read_config(path: Path, problems: list[Problem]) -> dict[str, Any] | None:
         where, part = pending.pop()
         for key, value in part.items():
             if key in ("quantization_config", "compression_config") and value:
-                method = (
-                    value.get("quant_method", "unknown method") if isinstance(value, dict) else repr(value)
-                )
+                method = value.get("quant_method", "unknown method") if isinstance(value, dict) else repr(value)
                 problems.append(
                     Problem(
                         f"the model is quantised ({printable(str(method))}): its numbers are codes",

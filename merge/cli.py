@@ -47,7 +47,9 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _main(
-    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -56,10 +58,15 @@ def _main(
 def merge_command(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
     out: Annotated[Path | None, typer.Option(help="Output folder; overrides the recipe's `output.path`.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. parameters.ratio=0.4.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. parameters.ratio=0.4."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, from headers alone.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: the answer as JSON.")] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="Workers; by default as many as cores, and two more.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Workers; by default as many as cores, and two more.")
+    ] = None,
     memory: Annotated[str, typer.Option(help="Budget for all buffers, e.g. 512MB.")] = "256MiB",
     device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted merge.")] = False,
@@ -154,7 +161,7 @@ def _signals_to(stop: Stop) -> Iterator[None]:
         stop.ask(number)
         signal.signal(number, before[number])
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
@@ -164,5 +171,3 @@ def _signals_to(stop: Stop) -> Iterator[None]:
 
 def main() -> None:
     app()
-
-

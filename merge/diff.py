@@ -1,11 +1,10 @@
-"""Where two checkpoints differ, per component and layer: relative L2, largest change, share of changed elements."""
+"""Where two checkpoints differ, per layer: relative L2, largest change, share of changed elements."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -19,17 +18,20 @@ from ggez_merge.untrusted import printable
 if TYPE_CHECKING:
     from rich.console import Console
 
-_DTYPES: dict[str, np.dtype[Any]] = {
+_FLOATS: dict[str, np.dtype[Any]] = {
     **NUMPY_DTYPE,
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
     "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
     "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+}
+_INTEGERS: dict[str, np.dtype[Any]] = {
     **{f"I{bits}": np.dtype(f"<i{bits // 8}") for bits in (8, 16, 32, 64)},
     **{f"U{bits}": np.dtype(f"<u{bits // 8}") for bits in (8, 16, 32, 64)},
     "BOOL": np.dtype(np.uint8),
 }
+_DTYPES = _FLOATS | _INTEGERS
 _WORKING_BYTES = 64  # per element of a chunk: two inputs, both in float64, their difference, and masks
 
 
@@ -69,6 +71,15 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Count:
+    """An integer tensor in which `n_changed` of `n_elements` differ: a counter or an index has no norm."""
+
+    name: str
+    n_changed: int
+    n_elements: int
+
+
+@dataclass(frozen=True)
 class Mismatch:
     """A tensor that both hold, but not in the same shape or dtype: "BF16 [2, 3]"."""
 
@@ -81,13 +92,15 @@ class Mismatch:
 class Diff:
     """What separates checkpoint b from checkpoint a.
 
-    `groups` in the order of COMPONENTS and depth. `other_dtype`: compared by value all the same. `not_compared`:
-    another shape, or a dtype that has no arithmetic here (sub-byte floats, complex).
+    `groups` hold the float tensors, in the order of COMPONENTS and depth; `integers` the integer tensors that
+    differ. `other_dtype` are compared by value all the same; `not_compared` are those of another shape, float
+    against integer, or of a dtype that has no arithmetic here (sub-byte floats, complex numbers).
     """
 
     a: str
     b: str
     groups: tuple[Group, ...]
+    integers: tuple[Count, ...]
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
     other_dtype: tuple[Mismatch, ...]
@@ -110,32 +123,37 @@ def diff(
 ) -> Diff:
     """Compare all tensors that a and b have in common, in chunks that need at most about `memory_bytes`.
 
-    Differences are taken in float64. A NaN equals a NaN, and 0 equals -0. `advance` is told the bytes compared so
-    far, chunk by chunk (a's and b's together). Raises Failed, naming the file, if a file ends early or changes.
+    Differences are taken in float64. A NaN equals a NaN, and 0 equals -0. `advance` is told the bytes compared,
+    a's and b's together, after each chunk. Raises Failed, naming the file, if a file ends early or changes.
     """
     chunk = max(memory_bytes // _WORKING_BYTES, 1024)
     buffers = memoryview(bytearray(8 * chunk)), memoryview(bytearray(8 * chunk))
     changes: dict[tuple[str, str | None, int | None], list[Change]] = {}
-    other_dtype, not_compared = [], []
+    integers, other_dtype, not_compared = [], [], []
     with Files([*a.files, *b.files]) as files:
         for name, ours in a.tensors.items():
             theirs = b.tensors.get(name)
             if theirs is None:
                 continue
             mismatch = Mismatch(name, _form(ours), _form(theirs))
-            if ours.shape != theirs.shape or not {ours.dtype, theirs.dtype} <= _DTYPES.keys():
+            pair = {ours.dtype, theirs.dtype}
+            if ours.shape != theirs.shape or not (pair <= _FLOATS.keys() or pair <= _INTEGERS.keys()):
                 not_compared.append(mismatch)
                 continue
-            if ours.dtype != theirs.dtype:
+            if len(pair) == 2:
                 other_dtype.append(mismatch)
-            stack, number = layer(name) or (None, None)
             change = _compare(files, ours, theirs, buffers, advance)
-            changes.setdefault((component(name), stack, number), []).append(change)
+            if pair <= _FLOATS.keys():
+                stack, number = layer(name) or (None, None)
+                changes.setdefault((component(name), stack, number), []).append(change)
+            elif change.n_changed:
+                integers.append(Count(name, change.n_changed, change.n_elements))
     groups = [Group(*key, total(members)) for key, members in changes.items()]
     return Diff(
         a.reference,
         b.reference,
         tuple(sorted(groups, key=lambda g: (COMPONENTS.index(g.component), g.stack or "", g.number or 0))),
+        tuple(integers),
         tuple(sorted(a.tensors.keys() - b.tensors.keys())),
         tuple(sorted(b.tensors.keys() - a.tensors.keys())),
         tuple(other_dtype),
@@ -157,15 +175,15 @@ def total(changes: Sequence[Change]) -> Change:
 
 
 def as_json(result: Diff) -> dict[str, Any]:
-    """The diff as JSON values: components, groups, and the names that could not be compared; None for no number."""
+    """The diff as JSON values; a norm that is no finite number is None."""
     return {
         "a": result.a,
         "b": result.b,
         "components": [{"component": n, **_numbers(c)} for n, c in result.components().items()],
         "groups": [
-            {"component": g.component, "stack": g.stack, "layer": g.number, **_numbers(g.change)}
-            for g in result.groups
+            {"component": g.component, "stack": g.stack, "layer": g.number, **_numbers(g.change)} for g in result.groups
         ],
+        "integers": [vars(count) for count in result.integers],
         "only_a": list(result.only_a),
         "only_b": list(result.only_b),
         "other_dtype": [vars(mismatch) for mismatch in result.other_dtype],
@@ -174,7 +192,7 @@ def as_json(result: Diff) -> dict[str, Any]:
 
 
 def show(result: Diff, console: Console) -> None:
-    """Print the diff as a table, component by component and layer by layer, and what could not be compared."""
+    """Print the diff as a table by component and layer, then what is not in it."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -193,13 +211,10 @@ def show(result: Diff, console: Console) -> None:
     console.print(table)
     n_nonfinite = sum(group.change.n_nonfinite for group in result.groups)
     if n_nonfinite:
-        console.print(
-            Text(
-                f"{n_nonfinite:,} elements are NaN or infinite in a or b: counted as changed where they "
-                "differ, but in no norm"
-            ),
-            soft_wrap=True,
-        )
+        note = "elements are NaN or infinite in a or b: they count as changed if they differ, but in no norm"
+        console.print(Text(f"{n_nonfinite:,} {note}"), soft_wrap=True)
+    counts = [f"{c.name}: {c.n_changed:,} of {c.n_elements:,} elements" for c in result.integers]
+    _list(console, "integer tensors that differ", counts)
     _list(console, "only in a", result.only_a)
     _list(console, "only in b", result.only_b)
     _list(console, "another dtype", [f"{m.name}: {m.a}, {m.b}" for m in result.other_dtype])
@@ -244,9 +259,7 @@ def _read(files: Files, tensor: Tensor, start: int, n: int, buffer: memoryview) 
 
 def _change(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> Change:
     a, b = x.astype(np.float64), y.astype(np.float64)
-    integers = (
-        x.dtype.kind in "iu" and y.dtype.kind in "iu"
-    )  # beyond 2**53, float64 no longer tells them apart
+    integers = x.dtype.kind in "iu" and y.dtype.kind in "iu"  # beyond 2**53, float64 no longer tells them apart
     n_changed = np.count_nonzero(x != y if integers else (a != b) & ~(np.isnan(a) & np.isnan(b)))
     finite = np.isfinite(a) & np.isfinite(b)
     n_nonfinite = finite.size - np.count_nonzero(finite)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ggez_merge.components import COMPONENTS
 from ggez_merge.diff import Diff, Group
 from ggez_merge.errors import Failed, Problem, Refused
 from ggez_merge.untrusted import printable
@@ -13,25 +12,37 @@ from ggez_merge.untrusted import printable
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Distinct also to the colour-blind (Okabe and Ito), the same colour for the same component in every plot.
-_COLOURS = ("#0072B2", "#56B4E9", "#E69F00", "#CC79A7", "#009E73", "#F0E442", "#D55E00", "#8C564B")
+# Okabe and Ito's colours, distinct also to the colour-blind: the same for the same component in every plot, and
+# different for components that one model has together.
+_COLOURS = {
+    "vision tower": "#0072B2",
+    "audio tower": "#56B4E9",
+    "projector": "#E69F00",
+    "embeddings": "#009E73",
+    "encoder": "#56B4E9",
+    "decoder": "#D55E00",
+    "language model": "#D55E00",
+    "lm head": "#CC79A7",
+    "text encoder": "#D55E00",
+    "projection": "#E69F00",
+    "logit scale": "#CC79A7",
+    "unet": "#0072B2",
+    "vae": "#009E73",
+    "other": "#888888",
+}
 _INK, _FAINT = "#333333", "#DDDDDD"
 
 
 def plot(result: Diff, path: Path) -> None:
     """Draw relative L2 per layer, one line per component, and bars for what lies outside the layers.
 
-    The suffix of `path` says the format: .png or .svg. Raises Refused for another one, when nothing was compared,
-    or without matplotlib; Failed when the file cannot be written.
+    The suffix of `path` says the format: .png or .svg. Raises Refused for another one, when nothing was
+    compared, or without matplotlib; Failed when the file cannot be written.
     """
     if path.suffix.lower() not in (".png", ".svg"):
-        raise Refused(
-            Problem("a plot is a .png or an .svg file", found=path.name, remedy="give the file that suffix")
-        )
+        raise Refused(Problem("a plot is a .png or an .svg file", found=path.name, remedy="give the file that suffix"))
     if not result.groups:
-        raise Refused(
-            Problem("the checkpoints have no tensor in common that could be compared", found=result.b)
-        )
+        raise Refused(Problem("the checkpoints have no tensor in common that could be compared", found=result.b))
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -54,6 +65,8 @@ def plot(result: Diff, path: Path) -> None:
 
 
 def _lines(axes: Axes, groups: list[Group]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for group in groups:
         if group.stack is not None and group.number is not None:
@@ -64,21 +77,26 @@ def _lines(axes: Axes, groups: list[Group]) -> None:
         alone = components.count(component) == 1
         axes.plot(
             *zip(*curve, strict=True),
-            color=_colour(component),
+            color=_COLOURS[component],
             linestyle="-" if alone or component not in components[:at] else "--",
             marker="o",
             markersize=4 if len(curve) > 20 else 5,
             linewidth=1.8,
             label=component if alone else f"{component} ({printable(stack)[-40:]})",
         )
-    _style(axes, "layers")
+    _style(axes)
     axes.set_xlabel("layer", color=_INK)
     axes.set_ylabel("‖b − a‖ / ‖a‖, %", color=_INK)
-    axes.set_ylim(bottom=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_ylim(0, max(y for curve in curves.values() for _, y in curve) * 1.08 or 1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color=_FAINT, linewidth=0.8)
-    for text in axes.legend(frameon=False, fontsize=9, labelcolor=_INK).get_texts():
+    alone = len(set(components)) == len(components)
+    legend = axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=4 if alone else 1, frameon=False, fontsize=9, borderaxespad=0.2
+    )
+    for text in legend.get_texts():
         text.set_parse_math(False)
+        text.set_color(_INK)
 
 
 def _bars(axes: Axes, groups: list[Group]) -> None:
@@ -87,20 +105,20 @@ def _bars(axes: Axes, groups: list[Group]) -> None:
     bars = axes.barh(
         [group.component for group in groups],
         values,
-        color=[_colour(g.component) for g in groups],
+        color=[_COLOURS[g.component] for g in groups],
         height=0.6,
     )
     labels = ["a is 0" if group.change.relative_l2 is None else f"{_percent(group):.3g}" for group in groups]
     axes.bar_label(bars, labels, padding=4, fontsize=9, color=_INK)
-    _style(axes, "outside the layers")
+    _style(axes)
+    axes.set_title("outside the layers", loc="left", fontsize=9, color=_INK)
     axes.set_xlabel("‖b − a‖ / ‖a‖, %", color=_INK)
     axes.set_xlim(0, max(values, default=0) * 1.2 or 1)
     axes.grid(axis="x", color=_FAINT, linewidth=0.8)
     axes.tick_params(axis="y", length=0)
 
 
-def _style(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=10, color=_INK)
+def _style(axes: Axes) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_FAINT)
@@ -109,10 +127,6 @@ def _style(axes: Axes, title: str) -> None:
 
 def _percent(group: Group) -> float:
     return 100 * (group.change.relative_l2 or 0.0)
-
-
-def _colour(component: str) -> str:
-    return _COLOURS[COMPONENTS.index(component) % len(_COLOURS)]
 
 
 def _short(reference: str) -> str:

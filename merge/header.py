@@ -154,9 +154,7 @@ def _read_header(path: Path) -> tuple[bytes, int, int]:
         if length > MAX_JSON_BYTES:
             raise ValueError(f"a header of {length} bytes; {MAX_JSON_BYTES} is the most the format allows")
         if 8 + length > status.st_size:
-            raise ValueError(
-                f"a header of {length} bytes in a file of {status.st_size} bytes: the file is cut off"
-            )
+            raise ValueError(f"a header of {length} bytes in a file of {status.st_size} bytes: the file is cut off")
         header = file.read(length)
     if len(header) != length:
         raise ValueError("the file became shorter while it was read")

@@ -56,14 +56,10 @@ def fetch(hub_id: str, revision: str | None, not_local: str) -> tuple[Path, str]
         siblings = hub.HfApi().model_info(hub_id, revision=commit).siblings or []
         layout = choose([file.rfilename for file in siblings if "/" not in file.rfilename], hub_id)
         weights = set(read_index(folder / layout.index).values()) if layout.index else set(layout.files)
-        hub.snapshot_download(
-            hub_id, revision=commit, allow_patterns=[glob.escape(name) for name in sorted(weights)]
-        )
+        hub.snapshot_download(hub_id, revision=commit, allow_patterns=[glob.escape(name) for name in sorted(weights)])
     except Refused:
         raise
-    except (
-        Exception
-    ) as error:  # huggingface_hub lets the exceptions of its HTTP library through, whichever that is
+    except Exception as error:  # huggingface_hub lets the exceptions of its HTTP library through, whichever that is
         kinds = [kind.__name__ for kind in type(error).__mro__]
         remedy = next((_REMEDIES[kind] for kind in kinds if kind in _REMEDIES), None)
         raise Refused(
@@ -71,8 +67,7 @@ def fetch(hub_id: str, revision: str | None, not_local: str) -> tuple[Path, str]
                 f"{hub_id} is not a local path and cannot be fetched from Hugging Face: {_first_line(error)}",
                 place=f"{hub_id}@{revision}" if revision else hub_id,
                 found=not_local,
-                remedy=remedy
-                or "check the network, or `hf download` it where there is one and give that folder",
+                remedy=remedy or "check the network, or `hf download` it where there is one and give that folder",
             )
         ) from error
     return folder, commit

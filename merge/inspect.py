@@ -85,9 +85,7 @@ def summarise(checkpoint: Checkpoint) -> Summary:
         size=_size(tensors),
         dtypes={dtype: _size(dtypes[dtype]) for dtype in sorted(dtypes)},
         parts=tuple(Part(*key, _size(parts[key])) for key in sorted(parts, key=_order)),
-        stacks=tuple(
-            Stack(*key, tuple(sorted(layers[key])), _size(stacks[key])) for key in sorted(stacks, key=_order)
-        ),
+        stacks=tuple(Stack(*key, tuple(sorted(layers[key])), _size(stacks[key])) for key in sorted(stacks, key=_order)),
         tensors=tensors,
     )
 
@@ -96,8 +94,7 @@ def as_json(summary: Summary, tensors: bool = False) -> dict[str, Any]:
     """The summary as JSON values; with `tensors`, every tensor with dtype, shape, bytes and file."""
     table = asdict(summary)
     table["tensors"] = [
-        {**asdict(tensor), "file": tensor.file.name, "shape": list(tensor.shape)}
-        for tensor in summary.tensors
+        {**asdict(tensor), "file": tensor.file.name, "shape": list(tensor.shape)} for tensor in summary.tensors
     ]
     if not tensors:
         del table["tensors"]

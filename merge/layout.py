@@ -77,9 +77,7 @@ def _nothing(names: list[str], place: str) -> Problem:
     remedy = "give the folder that holds the .safetensors files"
     if "model_index.json" in names:
         remedy = f"this is a diffusers pipeline: give one of its folders, such as {place}/unet"
-    return Problem(
-        "no safetensors checkpoint here", place=place, found=_some(names) or "nothing", remedy=remedy
-    )
+    return Problem("no safetensors checkpoint here", place=place, found=_some(names) or "nothing", remedy=remedy)
 
 
 def pickled(place: str, found: str) -> Problem:
@@ -145,12 +143,7 @@ def read_index(path: Path) -> dict[str, str]:
 
 def _is_plain(shard: object) -> bool:
     """Whether `shard` is a relative .safetensors name that cannot leave the folder on any system."""
-    if (
-        not isinstance(shard, str)
-        or not shard.endswith(".safetensors")
-        or "\\" in shard
-        or not shard.isprintable()
-    ):
+    if not isinstance(shard, str) or not shard.endswith(".safetensors") or "\\" in shard or not shard.isprintable():
         return False
     path = PurePosixPath(shard)
     inside = not path.is_absolute() and not PureWindowsPath(shard).drive and ".." not in path.parts

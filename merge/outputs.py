@@ -375,7 +375,9 @@ class _Assembler:
     def _explain_missing(self) -> None:
         for (lacks, has), names in self.missing.items():
             if self.recipe.missing == "copy":
-                self.result.notes.append(f"{len(names)} tensors that {lacks} lacks are copied from {has}: {some(names)}")
+                self.result.notes.append(
+                    f"{len(names)} tensors that {lacks} lacks are copied from {has}: {some(names)}"
+                )
                 continue
             self.result.problems.append(
                 Problem(

@@ -67,9 +67,7 @@ def _interpolate(gradient: list[float], t: float) -> float:
 
 def read_parameters(check: Check, where: Where, value: Any) -> dict[str, Value]:
     """The parameters of one mapping; their names are checked against the merge method later."""
-    read = {
-        name: read_value(check, (*where, name), given) for name, given in check.mapping(where, value).items()
-    }
+    read = {name: read_value(check, (*where, name), given) for name, given in check.mapping(where, value).items()}
     return {name: given for name, given in read.items() if given is not None}
 
 
@@ -113,9 +111,7 @@ def _unfiltered(check: Check, where: Where, value: Any) -> Scalar | list[float] 
         check.refuse(where, "A gradient is a list of at least one finite number.", found=value)
     else:
         expected = "a finite number, true or false, a word, a list of numbers, or a list of {filter, value}"
-        check.refuse(
-            where, "A parameter has no usable value.", expected, "nothing" if value is None else value
-        )
+        check.refuse(where, "A parameter has no usable value.", expected, "nothing" if value is None else value)
     return None
 
 

@@ -25,6 +25,7 @@ from ggez_merge.outputs import Output, assemble
 from ggez_merge.recipe import ModelReference, Recipe
 from ggez_merge.shards import Entry, Shard, split
 
+
 @dataclass(frozen=True)
 class Plan:
     """All that a merge will do. `notes` are remarks worth a line that are no reason to refuse."""
@@ -108,7 +109,11 @@ def make_plan(recipe: Recipe, out: Path | None = None) -> Plan:
     problems.extend(_clashes(recipe, checkpoints, folder))
     assembled = assemble(recipe, method, checkpoints)
     problems.extend(assembled.problems)
-    shards = split([output.entry for output in assembled.outputs], recipe.output.shard_size_bytes, _stem(assembled.layout))
+    shards = split(
+        [output.entry for output in assembled.outputs],
+        recipe.output.shard_size_bytes,
+        _stem(assembled.layout),
+    )
     if not assembled.outputs and not problems:
         problems.append(Problem("nothing to merge: the inputs hold no tensors", place=assembled.layout.reference))
     problems.extend(check_tokenizer(recipe, assembled.layout, checkpoints))
@@ -189,9 +194,7 @@ def _output_folder(recipe: Recipe, out: Path | None, problems: list[Problem]) ->
     return None
 
 
-def _clashes(
-    recipe: Recipe, checkpoints: dict[ModelReference, Checkpoint], folder: Path
-) -> Iterable[Problem]:
+def _clashes(recipe: Recipe, checkpoints: dict[ModelReference, Checkpoint], folder: Path) -> Iterable[Problem]:
     """The same model twice in one list, or an output that would replace an input."""
     for checkpoint in unique(checkpoints.values()):
         home = checkpoint.folder.resolve()

@@ -11,9 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from ggez_merge import __version__
+from ggez_merge.outputs import Output
 from ggez_merge.plan import Plan
 from ggez_merge.run import Outcome, Tally
-from ggez_merge.outputs import Output
 from ggez_merge.summary import applied, groups
 from ggez_merge.units import readable_bytes
 
@@ -115,14 +115,21 @@ def model_card(plan: Plan, name: str) -> bytes:
     hub = [reference for reference in references if HUB_ID.fullmatch(reference)]
     front = ["---", "library_name: transformers"] if plan.config else ["---"]
     front += ["base_model:", *(f"- {reference}" for reference in hub)] if hub else []
-    front += ["base_model_relation: merge", "tags:", "- merge", "- ggez-merge", f"- {plan.method.name}", "---"]
+    front += [
+        "base_model_relation: merge",
+        "tags:",
+        "- merge",
+        "- ggez-merge",
+        f"- {plan.method.name}",
+        "---",
+    ]
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", plan.recipe.text)), default=0))
     rows = [
-        f"| {group.component} | {_cell(group.via)} | {_cell(group.parameters)} | {group.n_tensors} | {group.n_elements:,} |"
+        _row(group.component, group.via, group.parameters, group.n_tensors, f"{group.n_elements:,}")
         for group in groups(plan)
     ]
     inputs = [
-        f"| {_cell(c.reference)}{f' @ {c.revision}' if c.revision else ''} | {c.parameters:,} | {readable_bytes(c.nbytes)} |"
+        _row(c.reference + (f" @ {c.revision}" if c.revision else ""), f"{c.parameters:,}", readable_bytes(c.nbytes))
         for c in plan.checkpoints
     ]
     text = [
@@ -157,5 +164,5 @@ def model_card(plan: Plan, name: str) -> bytes:
     return "\n".join(text).encode()
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+def _row(*cells: object) -> str:
+    return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"

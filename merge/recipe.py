@@ -167,9 +167,7 @@ def _read(check: Check, text: str) -> Recipe:
         base_model=read_reference(check, ("base_model",), top.get("base_model")),
         parameters=read_parameters(check, ("parameters",), top.get("parameters")),
         components={
-            glob: read_parameters(
-                check, ("components", glob), check.mapping(("components", glob), values, needed=True)
-            )
+            glob: read_parameters(check, ("components", glob), check.mapping(("components", glob), values, needed=True))
             for glob, values in check.mapping(("components",), top.get("components")).items()
         },
         dtype=_dtype(check, ("dtype",), top.get("dtype")),
@@ -203,9 +201,7 @@ def _module(check: Check, where: Where, name: str, value: Any) -> Module:
     entry = check.mapping(where, value, MODULE_KEYS, needed=True)
     key = check.exactly_one(where, entry, ("models", "slices"))
     slices = _slices(check, (*where, key), entry[key]) if key else []
-    return Module(
-        name, slices, read_parameters(check, (*where, "parameters"), entry.get("parameters")), where
-    )
+    return Module(name, slices, read_parameters(check, (*where, "parameters"), entry.get("parameters")), where)
 
 
 def _slices(check: Check, where: Where, value: Any) -> list[Slice]:
@@ -249,9 +245,7 @@ def _layer_range(check: Check, where: Where, value: Any) -> tuple[int, int] | No
     whole = isinstance(value, list) and len(value) == 2 and all(type(layer) is int for layer in value)
     if whole and 0 <= value[0] < value[1]:
         return value[0], value[1]
-    check.refuse(
-        where, "This is not a range of layers.", "[first, end] with 0 <= first < end, end excluded", value
-    )
+    check.refuse(where, "This is not a range of layers.", "[first, end] with 0 <= first < end, end excluded", value)
     return None
 
 
@@ -260,9 +254,7 @@ def _dtype(check: Check, where: Where, value: Any) -> str | None:
         return None
     name = str(value).removeprefix("torch.")
     if name not in DTYPES:
-        remedy = (
-            "remove it: integers cannot hold merged weights" if name == "int64" else nearest(name, DTYPES)
-        )
+        remedy = "remove it: integers cannot hold merged weights" if name == "int64" else nearest(name, DTYPES)
         check.refuse(where, f"`{where[-1]}` must be one of {listed(DTYPES)}.", None, value, remedy)
     return DTYPES.get(name)
 

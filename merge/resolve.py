@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from ggez_merge.components import component, layer
 from ggez_merge.errors import Problem
 from ggez_merge.methods.method import Job, Method, Parameter, Scalar
-from ggez_merge.parameters import Filtered, Value, evaluate
+from ggez_merge.parameters import Filtered, Value, evaluate, matching
 from ggez_merge.recipe import Module, Recipe, Slice
 
 Where = tuple[str | int, ...]
@@ -96,7 +96,9 @@ class Resolver:
             if value is None:
                 if parameter.required:
                     self._incomplete.add(name)
-                    self._faults[(f"a required parameter of {self.method.name} is missing: `{key}`", None, None)].append(name)
+                    self._faults[
+                        (f"a required parameter of {self.method.name} is missing: `{key}`", None, None)
+                    ].append(name)
                 elif parameter.default is not None:
                     values[key] = parameter.default
                 continue
@@ -112,7 +114,7 @@ class Resolver:
         for scope in scopes:
             if key not in scope.values:
                 continue
-            index = _reaching(scope.values[key], name)
+            index = matching(scope.values[key], name)
             if index is None:
                 continue
             self._used.add((*scope.where, key, index))
@@ -157,9 +159,7 @@ class Resolver:
 
     def _bad_values(self) -> Iterable[Problem]:
         for (what, place, found), names in self._faults.items():
-            yield Problem(
-                what, place=place or self.recipe.place("merge_method"), tensor=some(names), found=found
-            )
+            yield Problem(what, place=place or self.recipe.place("merge_method"), tensor=some(names), found=found)
 
     def _unused(self) -> Iterable[Problem]:
         for glob in self.recipe.components:
@@ -167,12 +167,12 @@ class Resolver:
                 yield Problem(
                     f'components: "{glob}" reaches no tensor',
                     place=self.recipe.place("components", glob),
-                    remedy="`ggez-merge inspect MODEL --tensors` lists the names; of several lines the first match wins",
+                    remedy="`ggez-merge inspect MODEL --tensors` lists the names; of several lines the first wins",
                 )
         for scope, _ in self._scopes():
             for key, value in scope.values.items():
                 for index, entry in enumerate(value if isinstance(value, list) else []):
-                    if not isinstance(entry, Filtered) or entry.reaches_all:
+                    if not isinstance(entry, Filtered) or entry.filter in (None, "*"):
                         continue
                     if (*scope.where, key, index) not in self._used:
                         yield Problem(
@@ -180,12 +180,6 @@ class Resolver:
                             place=self.recipe.place(*scope.where, key, index),
                             remedy="filters are parts of tensor names; of several that match, the first wins",
                         )
-
-
-def _reaching(value: Value, name: str) -> int | None:
-    """Which filter of a value reaches the tensor (0 where there are none); None if none does."""
-    steps = [step for step in value if isinstance(step, Filtered)] if isinstance(value, list) else []
-    return next((i for i, step in enumerate(steps) if step.reaches_all or str(step.filter) in name), None if steps else 0)
 
 
 def gradient_position(name: str, n_layers: Mapping[str, int]) -> float:
@@ -200,7 +194,8 @@ def gradient_position(name: str, n_layers: Mapping[str, int]) -> float:
         return where[1] / (count - 1) if count > 1 else 1.0
     owner = name.split(".")[-2] if "." in name else name
     closes = component(name) == "lm head" or (
-        any(word in owner for word in ("norm", "ln_f", "ln_post")) and not any(word in owner for word in ("pre", "embed"))
+        any(word in owner for word in ("norm", "ln_f", "ln_post"))
+        and not any(word in owner for word in ("pre", "embed"))
     )
     return 1.0 if closes else 0.0
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-from ggez_kernels.sparsify import Stats
 
+from ggez_kernels.sparsify import Stats
 from ggez_merge.backend import load_kernels
 from ggez_merge.checkpoint import FLOATS
 from ggez_merge.errors import Failed, Interrupted, Problem, Refused
@@ -26,7 +26,6 @@ from ggez_merge.measure import CHUNK, Bench, measure
 from ggez_merge.methods.method import Apply
 from ggez_merge.plan import Plan
 from ggez_merge.read import NUMPY_DTYPE, Arena, Files, align
-from ggez_merge.resolve import some
 from ggez_merge.shards import Block, Span, block_bytes, blocks
 from ggez_merge.write import ShardWriter, Staging, latest, prefers_direct
 
@@ -125,9 +124,7 @@ def least_arena(plan: Plan) -> int:
     )
 
 
-def run(
-    plan: Plan, staging: Staging, size: Sizing, memory_bytes: int, progress: Progress, stop: Stop
-) -> Outcome:
+def run(plan: Plan, staging: Staging, size: Sizing, memory_bytes: int, progress: Progress, stop: Stop) -> Outcome:
     """Compute every shard into the staging folder. Raises Refused for bad weights, Failed, or Interrupted."""
     return _Run(plan, staging, size, progress, stop).run(memory_bytes)
 
@@ -139,9 +136,7 @@ class _Run:
         self.size = size
         self.progress = progress
         self.stop = stop
-        self.tallies = [
-            Tally([0.0] * len(output.models), [0] * len(output.inputs)) for output in plan.outputs
-        ]
+        self.tallies = [Tally([0.0] * len(output.models), [0] * len(output.inputs)) for output in plan.outputs]
         self.lock = threading.Lock()
         self.arenas: queue.SimpleQueue[Arena] = queue.SimpleQueue()
         for _ in range(size.threads):
@@ -191,7 +186,13 @@ class _Run:
         total = sum(tensor.nbytes for output in self.plan.outputs if output.job for tensor in output.inputs)
         self.progress.phase("measuring", total)
         bench = Bench(
-            self.kernels, self.files, self.executor, self._lend, self.size.arena_bytes, self._advance, self._wait
+            self.kernels,
+            self.files,
+            self.executor,
+            self._lend,
+            self.size.arena_bytes,
+            self._advance,
+            self._wait,
         )
         measured = measure(method, self.plan.outputs, bench)
         return [

@@ -1,4 +1,4 @@
-"""A plan in a few lines: which parameters reached how many tensors. What dry run, model card and report have in common."""
+"""A plan in a few lines, for the dry run and the model card: which parameters reached how many tensors."""
 
 from __future__ import annotations
 

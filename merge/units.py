@@ -8,12 +8,13 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
 
 
 def parse_bytes(text: str) -> int | None:
-    """"5GB" -> 5000000000, "500MiB" -> 524288000, "4096" -> 4096; None if it is no size."""
+    """ "5GB" -> 5000000000, "500MiB" -> 524288000, "4096" -> 4096; None if it is no size."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         return None
     number, prefix, binary = match.groups()
-    return round(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
+    unit: int = (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " ")
+    return round(float(number) * unit)
 
 
 def readable_bytes(n: float) -> str:

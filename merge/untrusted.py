@@ -27,9 +27,7 @@ def strict_json(raw: bytes) -> Any:
     """
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
-        if (
-            b"\\u" in raw
-        ):  # only an escape can smuggle in half a surrogate pair, which no file name or UTF-8 can hold
+        if b"\\u" in raw:  # only an escape can smuggle in half a surrogate pair, which no file name or UTF-8 can hold
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"invalid UTF-8 at byte {error.start}") from None

@@ -46,7 +46,12 @@ def verify(folder: Path) -> Verdict:
             )
         elif (found := _hash(path, view)) != expected["blake3"]:
             problems.append(
-                Problem("a file has other content", place=str(path), expected=f"blake3 {expected['blake3']}", found=found)
+                Problem(
+                    "a file has other content",
+                    place=str(path),
+                    expected=f"blake3 {expected['blake3']}",
+                    found=found,
+                )
             )
         else:
             intact.append(name)

@@ -54,7 +54,7 @@ class ShardWriter:
             raise _write_error(path, error) from error
 
     def resume(self, done: int, digest: str, view: memoryview) -> bool:
-        """Hash what an earlier run wrote, up to byte `done`; False (and nothing changed) if that is not what it wrote."""
+        """Hash what an earlier run wrote, up to byte `done`; False, and nothing changed, if it is not what it was."""
         hasher = blake3(self.shard.header)
         with open(self.path, "rb") as file:
             for at in range(self.hashed, done, len(view)):

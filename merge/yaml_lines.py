@@ -96,9 +96,7 @@ def decode(name: str, raw: bytes) -> str:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         found = f"byte 0x{raw[error.start]:02x}"
-        problem = Problem(
-            "The recipe is not UTF-8.", f"{name}:{line}", found=found, remedy="save it as UTF-8"
-        )
+        problem = Problem("The recipe is not UTF-8.", f"{name}:{line}", found=found, remedy="save it as UTF-8")
         raise Refused(problem) from None
 
 
@@ -254,9 +252,7 @@ def _override(document: Document, override: str, problems: list[Problem]) -> Non
         if match[4] == "=":
             break
     if not match:
-        return refuse(
-            "This is not an override.", expected='key.key=value; keys with dots in quotes: "a.b".c=1'
-        )
+        return refuse("This is not an override.", expected='key.key=value; keys with dots in quotes: "a.b".c=1')
     known = len(problems)
     with suppress(Refused):  # which is in `problems`
         value, _ = _load(override[position:], lambda line: place, problems)

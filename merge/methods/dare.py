@@ -14,7 +14,6 @@ import hashlib
 from collections.abc import Sequence
 
 from ggez_kernels.sparsify import Sparsify
-
 from ggez_merge.methods.method import (
     INT8_MASK,
     LAMBDA,
@@ -64,9 +63,7 @@ def _add(kernels: Kernels, job: Job, measured: Sequence[Sparsify] | None) -> App
     sparsify = measured or _drops(job)
     scale = float(job.shared["lambda"])
     weights = [scale * weight for weight in normalised(job.numbers("weight"), bool(job.shared["normalize"]))]
-    return lambda out, base, models, start: kernels.linear(
-        out, base, models, weights, sparsify=sparsify, start=start
-    )
+    return lambda out, base, models, start: kernels.linear(out, base, models, weights, sparsify=sparsify, start=start)
 
 
 def _vote(kernels: Kernels, job: Job, measured: Sequence[Sparsify] | None) -> Apply:
@@ -74,6 +71,4 @@ def _vote(kernels: Kernels, job: Job, measured: Sequence[Sparsify] | None) -> Ap
 
 
 LINEAR = Method(name="dare_linear", combine=_add, shared=SHARED, per_model=PER_MODEL, measure=_measure)
-TIES = Method(
-    name="dare_ties", combine=_vote, shared={**SHARED, "vote": VOTE}, per_model=PER_MODEL, measure=_measure
-)
+TIES = Method(name="dare_ties", combine=_vote, shared={**SHARED, "vote": VOTE}, per_model=PER_MODEL, measure=_measure)

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from ggez_kernels.sparsify import Stats
-
 from ggez_merge.methods.method import NORMALIZE_ON, Apply, Array, Job, Kernels, Method, Parameter
 
 
@@ -24,7 +23,7 @@ def _uses_base(given: Collection[str]) -> bool:
 def _check(job: Job) -> str | None:
     if "ratio" in job.shared:
         if any("weight" in model for model in job.models):
-            return "`ratio` and `weight` contradict each other: `ratio` is for base_model and one model, `weight` for a list"
+            return "`ratio` (base_model and one model) and `weight` (a list of models) contradict each other"
         return None if len(job.models) == 1 else f"`ratio` interpolates base_model and one model, not {len(job.models)}"
     missing = [k for k, model in enumerate(job.models) if "weight" not in model]
     if missing:

@@ -21,7 +21,7 @@ Array = Any  # a 1-D numpy array of float16, bfloat16 (ml_dtypes), float32 or fl
 
 
 class Kernels(Protocol):
-    """The arithmetic a backend offers (`ggez_kernels.cpu`, `ggez_kernels.reference`); semantics are documented there."""
+    """The arithmetic a backend offers; `ggez_kernels.reference` is its definition."""
 
     def linear(
         self,
@@ -50,9 +50,7 @@ class Kernels(Protocol):
     def histogram(self, base: Array, model: Array, *, shift: int, bits: int, prefix: int) -> np.ndarray: ...
     def ties(self, base: Array, model: Array, threshold: int) -> int: ...
     def nth_tie(self, base: Array, model: Array, threshold: int, n: int) -> int: ...
-    def l1(
-        self, base: Array, model: Array, sparsify: Sparsify, *, start: int = 0
-    ) -> tuple[np.ndarray, np.ndarray]: ...
+    def l1(self, base: Array, model: Array, sparsify: Sparsify, *, start: int = 0) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ import math
 from collections.abc import Sequence
 
 from ggez_kernels.sparsify import Sparsify, Stats
-
 from ggez_merge.methods.method import (
     INT8_MASK,
     LAMBDA,
@@ -44,7 +43,7 @@ def _measure(kernels: Kernels, jobs: Sequence[Job]) -> Measurement:
 
 
 def _n_kept_together(parts: Sequence[tuple[float, int]]) -> int:
-    """How many entries (density, n) parts keep in all: with differing densities, as many as their mean density keeps."""
+    """How many entries (density, n) parts keep in all; if densities differ, what their mean density keeps."""
     total = sum(n for _, n in parts)
     densities = {density for density, _ in parts}
     mean = densities.pop() if len(densities) == 1 else math.fsum(d * n for d, n in parts) / max(total, 1)
@@ -60,7 +59,15 @@ def elect(kernels: Kernels, job: Job, sparsify: Sequence[Sparsify] | None) -> Ap
 
     def apply(out: Array, base: Array | None, models: Sequence[Array], start: int) -> Stats:
         return kernels.vote(
-            out, base, models, weights, sparsify=sparsify, start=start, count=count, normalize=normalize, scale=scale
+            out,
+            base,
+            models,
+            weights,
+            sparsify=sparsify,
+            start=start,
+            count=count,
+            normalize=normalize,
+            scale=scale,
         )
 
     return apply

@@ -8,13 +8,15 @@ bin that holds the k-th. Entries equal to it are kept from the front until exact
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Generator, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
-from ggez_kernels.sparsify import KEEP_ALL_LAST, Sparsify
 
+from ggez_kernels.sparsify import KEEP_ALL_LAST, Sparsify
 from ggez_merge.methods.method import Kernels, Sweep, Tile
 
 HIGH_BITS, LOW_BITS = 15, 16
@@ -48,9 +50,7 @@ def thresholds(
     found = [_bin_of(row, keep[m]) for m, row in zip(selected, (yield Sweep(high)), strict=True)]
 
     def low(tile: Tile) -> np.ndarray:
-        return np.stack(
-            [_histogram(kernels, tile, m, 0, LOW_BITS, found[i][0]) for i, m in enumerate(selected)]
-        )
+        return np.stack([_histogram(kernels, tile, m, 0, LOW_BITS, found[i][0]) for i, m in enumerate(selected)])
 
     kth: dict[int, int] = {}
     wanted: dict[int, int] = {}  # model -> how many of the entries equal to the threshold are to be kept
@@ -66,9 +66,7 @@ def thresholds(
         if m not in kth:
             return cut[m]
         at_job, index = last.get(m, (len(sizes), 0))
-        return Sparsify(
-            threshold=kth[m], last=KEEP_ALL_LAST if job < at_job else (index if job == at_job else -1)
-        )
+        return Sparsify(threshold=kth[m], last=KEEP_ALL_LAST if job < at_job else (index if job == at_job else -1))
 
     return [[trim(job, m) for m in range(len(keep))] for job in range(len(sizes))]
 
@@ -98,21 +96,19 @@ def _last_ties(
     counted = sorted((yield Sweep(count)), key=lambda entry: entry[:2])
     last = {}
     for m, need in wanted.items():
-        for job, start, counts in counted:
-            if need <= counts[m]:
-                break
-            need -= counts[m]
+        so_far = list(accumulate(counts[m] for _, _, counts in counted))
+        at = bisect_left(so_far, need)
+        job, start, counts = counted[at]
+        nth_here = need - (so_far[at] - counts[m]) - 1
 
-        def locate(tile: Tile, m: int = m, nth: int = need - 1) -> int:
+        def locate(tile: Tile, m: int = m, nth: int = nth_here) -> int:
             return tile.start + kernels.nth_tie(tile.base, tile.models[m], kth[m], nth)
 
         last[m] = (job, (yield Sweep(locate, only=(job, start))))
     return last
 
 
-def match_l1(
-    kernels: Kernels, sparsified: list[list[Sparsify]]
-) -> Generator[Sweep, Any, list[list[Sparsify]]]:
+def match_l1(kernels: Kernels, sparsified: list[list[Sparsify]]) -> Generator[Sweep, Any, list[list[Sparsify]]]:
     """Rescale each sparsified delta to the L1 norm it had: factor = sum|d| / sum|kept d| (1 where either is < 1e-7)."""
 
     def sums(tile: Tile) -> list[tuple[int, list[tuple[np.ndarray, np.ndarray]]]]:
