@@ -49,10 +49,11 @@ class Change:
 
     @property
     def relative_l2(self) -> float | None:
-        """||b - a|| / ||a||; 0 without any change, None where a is all zeros and b is not."""
+        """||b - a|| / ||a||; 0 without any change, None where a is all zeros and b is not, or out of range."""
         if self.delta_squares == 0:
             return 0.0
-        return math.sqrt(self.delta_squares / self.base_squares) if self.base_squares > 0 else None
+        in_range = self.base_squares > 0 and math.isfinite(self.delta_squares + self.base_squares)
+        return math.sqrt(self.delta_squares / self.base_squares) if in_range else None
 
     @property
     def changed(self) -> float:
@@ -287,22 +288,18 @@ def _numbers(change: Change) -> dict[str, Any]:
         "elements": change.n_elements,
         "changed_elements": change.n_changed,
         "nonfinite_elements": change.n_nonfinite,
-        "relative_l2": _finite(change.relative_l2),
-        "max_abs": _finite(change.max_abs),
+        "relative_l2": change.relative_l2,
+        "max_abs": change.max_abs if math.isfinite(change.max_abs) else None,
         "changed": change.changed,
     }
 
 
-def _finite(number: float | None) -> float | None:
-    return number if number is not None and math.isfinite(number) else None
-
-
 def _columns(change: Change) -> tuple[str, str, str, str, str]:
-    relative = _finite(change.relative_l2)
+    relative = change.relative_l2
     return (
         f"{change.n_tensors:,}",
         f"{change.n_elements:,}",
-        "a is 0" if relative is None else _percent(relative),
+        "undefined" if relative is None else _percent(relative),
         f"{change.max_abs:.3g}",
         _percent(change.changed),
     )

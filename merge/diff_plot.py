@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,28 +73,34 @@ def _lines(axes: Axes, groups: list[Group]) -> None:
     for group in groups:
         if group.stack is not None and group.number is not None:
             curve = curves.setdefault((group.component, group.stack), [])
-            curve.append((group.number, _percent(group)))
-    components = [component for component, _ in curves]
-    for at, ((component, stack), curve) in enumerate(curves.items()):
-        alone = components.count(component) == 1
+            curve.append((group.number, math.nan if group.change.relative_l2 is None else _percent(group)))
+    drawn: set[str] = set()
+    n_stacks = Counter(component for component, _ in curves)
+    for (component, stack), curve in curves.items():
         axes.plot(
             *zip(*curve, strict=True),
             color=_COLOURS[component],
-            linestyle="-" if alone or component not in components[:at] else "--",
-            marker="o",
-            markersize=4 if len(curve) > 20 else 5,
+            linestyle="--" if component in drawn else "-",
+            marker="s" if component in drawn else "o",
+            markersize=4,
             linewidth=1.8,
-            label=component if alone else f"{component} ({printable(stack)[-40:]})",
+            clip_on=False,
+            label=component if n_stacks[component] == 1 else f"{component} ({printable(stack)[-40:]})",
         )
+        drawn.add(component)
     _style(axes)
     axes.set_xlabel("layer", color=_INK)
     axes.set_ylabel("‖b − a‖ / ‖a‖, %", color=_INK)
-    axes.set_ylim(0, max(y for curve in curves.values() for _, y in curve) * 1.08 or 1)
+    axes.set_ylim(0, max(_percent(group) for group in groups) * 1.08 or 1)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color=_FAINT, linewidth=0.8)
-    alone = len(set(components)) == len(components)
     legend = axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1), ncols=4 if alone else 1, frameon=False, fontsize=9, borderaxespad=0.2
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=4 if len(drawn) == len(curves) else 1,
+        frameon=False,
+        fontsize=9,
+        borderaxespad=0.2,
     )
     for text in legend.get_texts():
         text.set_parse_math(False)
@@ -108,7 +116,7 @@ def _bars(axes: Axes, groups: list[Group]) -> None:
         color=[_COLOURS[g.component] for g in groups],
         height=0.6,
     )
-    labels = ["a is 0" if group.change.relative_l2 is None else f"{_percent(group):.3g}" for group in groups]
+    labels = ["undefined" if group.change.relative_l2 is None else f"{_percent(group):.3g}" for group in groups]
     axes.bar_label(bars, labels, padding=4, fontsize=9, color=_INK)
     _style(axes)
     axes.set_title("outside the layers", loc="left", fontsize=9, color=_INK)

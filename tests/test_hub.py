@@ -77,9 +77,7 @@ def fill_cache(home: Path, source: Path) -> Path:
 @pytest.mark.parametrize("revision", [(), ("main",), (SHA,)])
 @pytest.mark.parametrize("shards", [1, 2])
 def test_a_cached_model_needs_no_network(revision: tuple[str, ...], shards: int, tmp_path: Path) -> None:
-    fill_cache(
-        tmp_path / "home", write_checkpoint(tmp_path / "model", ARRAYS, shards=shards, config={"a": 1})
-    )
+    fill_cache(tmp_path / "home", write_checkpoint(tmp_path / "model", ARRAYS, shards=shards, config={"a": 1}))
     commit, tensors, _, config = opened(tmp_path / "home", "org/name", *revision)
     assert (commit, tensors, config) == (SHA, list(ARRAYS), {"a": 1})
 
@@ -107,7 +105,7 @@ def test_nothing_cached_and_no_network_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[tuple[str, Path, list[str]]]:
-    """A Hub of one model, org/name, whose files are those of a folder; and the paths that were asked of it."""
+    """A Hub of one model, org/name, whose files are those of a folder; and the paths asked of it."""
     root = tmp_path / "served"
     root.mkdir()
     asked: list[str] = []
@@ -189,9 +187,7 @@ def test_an_interrupted_download_is_completed(server: tuple[str, Path, list[str]
     assert opened(tmp_path / "home", "org/name", endpoint=endpoint)[:2] == [SHA, list(ARRAYS)]
 
 
-def test_pickles_are_refused_before_they_are_downloaded(
-    server: tuple[str, Path, list[str]], tmp_path: Path
-) -> None:
+def test_pickles_are_refused_before_they_are_downloaded(server: tuple[str, Path, list[str]], tmp_path: Path) -> None:
     endpoint, root, asked = server
     (root / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     message = refused(tmp_path / "home", "org/name", endpoint=endpoint)
@@ -203,9 +199,7 @@ def test_pickles_are_refused_before_they_are_downloaded(
     ("arguments", "remedy"),
     [(("org/name", "v9"), "check the revision"), (("org/nobody",), "check the spelling")],
 )
-def test_remedies(
-    arguments: tuple[str, ...], remedy: str, server: tuple[str, Path, list[str]], tmp_path: Path
-) -> None:
+def test_remedies(arguments: tuple[str, ...], remedy: str, server: tuple[str, Path, list[str]], tmp_path: Path) -> None:
     endpoint, root, _ = server
     write_checkpoint(root, ARRAYS)
     assert remedy in refused(tmp_path / "home", *arguments, endpoint=endpoint)
