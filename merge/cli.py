@@ -18,6 +18,9 @@ from ggez_merge.errors import Refused, UserError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from rich.console import Console
+
+    from ggez_merge.checkpoint import Checkpoint
     from ggez_merge.run import Stop
 
 
@@ -133,6 +136,60 @@ def verify(folder: Annotated[Path, typer.Argument(help="A merged checkpoint.")])
             print("\n".join(str(problem) for problem in verdict.problems), file=sys.stderr)
             raise typer.Exit(1)
         print(f"{folder}: intact ({len(verdict.intact)} files, {readable_bytes(verdict.n_bytes)})")
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="A folder, a .safetensors file, or a Hugging Face id (@revision).")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Show a checkpoint: components, dtypes, shapes, bytes. Reads headers only."""
+    with _errors_for_people():
+        from ggez_merge import inspect
+
+        summary = inspect.summarise(_open(model))
+        if as_json:
+            _print_json(inspect.as_json(summary, tensors))
+        else:
+            inspect.show(summary, _console(), tensors)
+
+
+@app.command()
+def diff(
+    a: Annotated[str, typer.Argument(help="A checkpoint, usually the base.")],
+    b: Annotated[str, typer.Argument(help="Another one.")],
+    plot: Annotated[Path | None, typer.Option(help="Also draw it: a .png or .svg file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Show where two checkpoints differ, by component and layer."""
+    with _errors_for_people():
+        from ggez_merge import diff, diff_plot
+        from ggez_merge.progress import progress_for
+
+        first, second = _open(a), _open(b)
+        with progress_for(as_json) as progress:
+            progress.phase("comparing", first.nbytes + second.nbytes)
+            result = diff.diff(first, second, advance=progress.advance)
+        if plot is not None:
+            diff_plot.plot(result, plot)
+        if as_json:
+            _print_json(diff.as_json(result))
+        else:
+            diff.show(result, _console())
+
+
+def _open(model: str) -> Checkpoint:
+    from ggez_merge.checkpoint import open_checkpoint
+
+    path, _, revision = model.rpartition("@") if "@" in model and not Path(model).exists() else (model, "", "")
+    return open_checkpoint(path, revision or None)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
 
 
 def _print_json(said: object) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from ggez_merge.checkpoint import FLOATS, ITEM_BITS, Checkpoint, Tensor
 from ggez_merge.components import component, layer, rename_layer
+from ggez_merge.depth import layer_counts, restate_depth
 from ggez_merge.errors import Problem
 from ggez_merge.methods.method import Job, Method
 from ggez_merge.recipe import ModelReference, Module, Recipe, Slice
@@ -23,7 +24,6 @@ from ggez_merge.resolve import Resolver, gradient_position, some
 from ggez_merge.shards import Entry
 
 Action = Literal["merge", "copy", "equal"]
-LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 MODULE_ALIASES = {
     "text_decoder": ("language model", "embeddings", "lm head"),
     "language_model": ("language model", "embeddings", "lm head"),
@@ -154,18 +154,35 @@ class _Assembler:
 
     # --- which names belong to which module ---------------------------------------------------------------------
 
+    def _all_names(self) -> list[str]:
+        """The layout's names in its order, then what only other inputs have."""
+        inputs = [self.result.layout, *(self.checkpoints[reference] for reference in self._taking_part())]
+        return list(dict.fromkeys(name for checkpoint in inputs for name in checkpoint.tensors))
+
+    def _taking_part(self) -> list[ModelReference]:
+        found = []
+        for module in self.recipe.modules:
+            for piece in module.slices:
+                base = self._base(piece)
+                found += [base] if base else []
+                found += [piece.sources[i].model for i in self._models(piece)]
+        return found
+
     def _by_module(self) -> Iterable[tuple[Module, list[str]]]:
         modules = self.recipe.modules
-        layout = self.result.layout.tensors
         if modules[0].name is None:
-            yield modules[0], list(layout)
+            yield modules[0], self._all_names()
             return
         taken: dict[str, list[str]] = {str(module.name): [] for module in modules}
         left = []
-        for name in layout:
-            owner = next((m for m in modules if m.name != "default" and _in_module(name, str(m.name))), None)
-            owner = owner or next((m for m in modules if m.name == "default"), None)
-            taken[str(owner.name)].append(name) if owner else left.append(name)
+        for name in self._all_names():
+            owner = next(
+                (str(m.name) for m in modules if m.name != "default" and _in_module(name, str(m.name))), "default"
+            )
+            if owner in taken:
+                taken[owner].append(name)
+            else:
+                left.append(name)
         if left:
             self.result.problems.append(
                 Problem(
@@ -191,36 +208,17 @@ class _Assembler:
     def _whole(self, module: Module, names: list[str]) -> None:
         piece = module.slices[0]
         base = self._base(piece)
-        indices = self._models(piece)
         parts = [base] if base else []
-        parts += [piece.sources[i].model for i in indices]
-        tables = [self.checkpoints[reference].tensors for reference in parts]
-        if module.name is None:
-            known = set(names)
-            names = names + [n for table in tables for n in table if not (n in known or known.add(n))]  # type: ignore[func-returns-value]
-        depth = _layer_counts(names)
-        layout = self.result.layout
+        parts += [piece.sources[i].model for i in self._models(piece)]
+        depth = layer_counts(names)
         for name in names:
-            tensors = [table.get(name) for table in tables]
-            found = [tensor for tensor in tensors if tensor is not None]
-            if len(found) == len(tensors) and name in layout.tensors:
-                self._add(name, found, base is not None, module, piece, indices, gradient_position(name, depth))
-                continue
-            origin = layout.tensors.get(name) or found[0]
-            lacking = [str(p) for p, tensor in zip(parts, tensors, strict=True) if tensor is None]
-            if name not in layout.tensors and not lacking:
-                lacking = [layout.reference]
-            owner = layout.reference if name in layout.tensors else str(parts[tensors.index(origin)])
-            if self.recipe.missing == "copy":
-                self._copy(name, origin, f"copied from {owner}: {', '.join(lacking)} has no such tensor")
-            for reference in lacking:
-                self.missing[(reference, owner)].append(name)
+            self._place(name, [(part, name) for part in parts], module, piece, gradient_position(name, depth))
 
     # --- layer ranges stacked ---------------------------------------------------------------------------------------
 
     def _stack(self, module: Module, names: list[str]) -> None:
         """Layers of the slices one after the other; embeddings as the first slice has them, the rest as the last."""
-        depth = _layer_counts(names)
+        depth = layer_counts(name for name in names if name in self.result.layout.tensors)
         if len(depth) != 1:
             self.result.problems.append(
                 Problem(
@@ -232,24 +230,40 @@ class _Assembler:
             )
             return
         ((prefix, old_count),) = depth.items()
-        in_layer = defaultdict(list)
-        for name in names:
-            where = layer(name)
-            in_layer[where[1] if where and where[0] == prefix else None].append(name)
-        order: list[int] = []
         if not self._ranges_fit(module, prefix):
             return
-        for name in in_layer[None]:
+        members: dict[int | None, list[str]] = defaultdict(list)
+        for name in names:
+            where = layer(name)
+            members[where[1] if where and where[0] == prefix else None].append(name)
+        for name in members[None]:
             piece = module.slices[0 if component(name) == "embeddings" else -1]
-            self._slice_tensor(module, piece, name, name, None, gradient_position(name, {}))
+            wanted = [(part, name) for part, _ in self._ranged(piece)]
+            self._place(name, wanted, module, piece, gradient_position(name, {}))
+        order: list[int] = []
         for piece in module.slices:
+            parts = self._ranged(piece)
             begin, end = piece.sources[0].layer_range or (0, 0)
             for offset in range(end - begin):
                 t = offset / (end - begin - 1) if end - begin > 1 else 1.0
-                for name in in_layer[begin + offset]:
-                    self._slice_tensor(module, piece, rename_layer(name, len(order)), name, offset, t)
+                number = len(order)
+                there = (rename_layer(name, number) for _, start in parts for name in members[start + offset])
+                for name in dict.fromkeys(there):
+                    wanted = [(part, rename_layer(name, start + offset)) for part, start in parts]
+                    if any(own in self.checkpoints[part].tensors for part, own in wanted):
+                        self._place(name, wanted, module, piece, t)
                 order.append(begin + offset)
-        self._set_depth(prefix, old_count, order, module)
+        if self.result.config is not None:
+            config_path = str(self.result.layout.folder / "config.json")
+            self.result.problems.extend(restate_depth(self.result.config, config_path, prefix, old_count, order))
+
+    def _ranged(self, piece: Slice) -> list[tuple[ModelReference, int]]:
+        """The inputs of a slice, base first, each with its first layer (the first source's for an unlisted base)."""
+        starts = [source.layer_range[0] if source.layer_range else 0 for source in piece.sources]
+        base = self._base(piece)
+        listed = {source.model: start for source, start in zip(piece.sources, starts, strict=True)}
+        parts = [(base, listed.get(base, starts[0]))] if base else []
+        return parts + [(piece.sources[i].model, starts[i]) for i in self._models(piece)]
 
     def _ranges_fit(self, module: Module, prefix: str) -> bool:
         before = len(self.result.problems)
@@ -264,7 +278,7 @@ class _Assembler:
                     )
                 )
             for source in piece.sources:
-                count = _layer_counts(self.checkpoints[source.model].tensors).get(prefix, 0)
+                count = layer_counts(self.checkpoints[source.model].tensors).get(prefix, 0)
                 if source.layer_range and source.layer_range[1] > count:
                     self.result.problems.append(
                         Problem(
@@ -276,59 +290,37 @@ class _Assembler:
                     )
         return len(self.result.problems) == before
 
-    def _slice_tensor(
-        self, module: Module, piece: Slice, name: str, layout_name: str, offset: int | None, t: float
-    ) -> None:
-        """`offset` counts layers from the start of the slice; None for a tensor outside the stack."""
-        base = self._base(piece)
-        indices = self._models(piece)
-        wanted: list[tuple[ModelReference, str]] = [(base, layout_name)] if base else []
-        for i in indices:
-            source = piece.sources[i]
-            begin = source.layer_range[0] if source.layer_range else 0
-            own = layout_name if offset is None else rename_layer(layout_name, begin + offset)
-            wanted.append((source.model, own))
-        tensors = [self.checkpoints[reference].tensors.get(own) for reference, own in wanted]
-        for (reference, own), tensor in zip(wanted, tensors, strict=True):
-            if tensor is None:
-                self.missing[(str(reference), self.result.layout.reference)].append(own)
-        if all(tensors):
-            self._add(name, [x for x in tensors if x], base is not None, module, piece, indices, t)
-
-    def _set_depth(self, prefix: str, old: int, order: list[int], module: Module) -> None:
-        """Write the new number of layers into the config, wherever it states the old one for this stack."""
-        if self.result.config is None:
-            return
-        sections = [self.result.config] + [s for s in self.result.config.values() if isinstance(s, dict)]
-        keys = [(s, key) for s in sections for key in LAYER_COUNT_KEYS if s.get(key) == old]
-        if len(keys) != 1:
-            self.result.problems.append(
-                Problem(
-                    f"config.json does not say once and clearly how many layers {prefix} has",
-                    place=str(self.result.layout.folder / "config.json"),
-                    expected=f"one of {', '.join(LAYER_COUNT_KEYS)} with the value {old}",
-                    found=f"{len(keys)} such keys",
-                )
-            )
-            return
-        section, key = keys[0]
-        section[key] = len(order)
-        types = section.get("layer_types")
-        if isinstance(types, list) and len(types) == old:
-            section["layer_types"] = [types[i] for i in order]
-
     # --- one tensor ---------------------------------------------------------------------------------------------
 
-    def _add(
-        self,
-        name: str,
-        tensors: Sequence[Tensor],
-        has_base: bool,
-        module: Module,
-        piece: Slice,
-        indices: Sequence[int],
-        t: float,
+    def _place(
+        self, name: str, wanted: Sequence[tuple[ModelReference, str]], module: Module, piece: Slice, t: float
     ) -> None:
+        """One output from the inputs that should have it: merged if all do, else copied or refused.
+
+        wanted: every input that takes part, base first, with the name of the tensor there.
+        """
+        tensors = [self.checkpoints[reference].tensors.get(own) for reference, own in wanted]
+        found = [tensor for tensor in tensors if tensor is not None]
+        witness = self.result.layout.tensors.get(name)
+        stacked = any(source.layer_range for source in piece.sources)
+        if len(found) == len(tensors) and (witness is not None or stacked):
+            self._add(name, found, module, piece, t)
+            return
+        lacking = [str(reference) for (reference, _), tensor in zip(wanted, tensors, strict=True) if tensor is None]
+        if witness is None and not stacked and self.result.layout.reference not in lacking:
+            lacking.append(self.result.layout.reference)
+        origin = found[0] if found else witness
+        if origin is None:
+            return
+        owner = next(
+            (str(r) for (r, _), x in zip(wanted, tensors, strict=True) if x is origin), self.result.layout.reference
+        )
+        if self.recipe.missing == "copy":
+            self._copy(name, origin, f"copied from {owner}: {', '.join(lacking)} has no such tensor")
+        for reference in lacking:
+            self.missing[(reference, owner)].append(name)
+
+    def _add(self, name: str, tensors: Sequence[Tensor], module: Module, piece: Slice, t: float) -> None:
         shapes = Counter(tensor.shape for tensor in tensors)
         if len(shapes) > 1:
             vocabulary = component(name) in ("embeddings", "lm head")
@@ -343,10 +335,10 @@ class _Assembler:
             )
             return
         if all(tensor.dtype in FLOATS for tensor in tensors):
-            resolved = self.resolver.resolve(name, tensors[0].numel, module, piece, indices, t)
+            resolved = self.resolver.resolve(name, tensors[0].numel, module, piece, self._models(piece), t)
             dtype = self.recipe.out_dtype or self.recipe.dtype or promoted(tensors)
-            base = tensors[0] if has_base else None
-            models = tuple(tensors[1:] if has_base else tensors)
+            base = tensors[0] if self._base(piece) else None
+            models = tuple(tensors[1:] if base else tensors)
             entry = _entry(name, dtype, tensors[0].shape)
             self.result.outputs.append(Output(entry, "merge", base, models, resolved.job, resolved.via))
             return
@@ -402,16 +394,6 @@ def _entry(name: str, dtype: str, shape: tuple[int, ...]) -> Entry:
     for length in shape:
         numel *= length
     return Entry(name, dtype, shape, numel * ITEM_BITS[dtype] // 8)
-
-
-def _layer_counts(names: Iterable[str]) -> dict[str, int]:
-    """Number of layers by the prefix of their stack."""
-    counts: dict[str, int] = {}
-    for name in names:
-        where = layer(name)
-        if where:
-            counts[where[0]] = max(counts.get(where[0], 0), where[1] + 1)
-    return counts
 
 
 def _in_module(name: str, module: str) -> bool:

@@ -265,7 +265,7 @@ _SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([KMGT]?)(I?)B")
 def _shard_size_bytes(check: Check, where: Where, value: Any) -> int:
     if value is None:
         return DEFAULT_SHARD_BYTES
-    size_bytes = value if type(value) is int else 0
+    size_bytes = value if isinstance(value, int) else 0
     if isinstance(value, str) and (match := _SIZE.fullmatch(value.upper())):
         number, prefix, binary = match.groups()
         thousands = " KMGT".index(prefix or " ")

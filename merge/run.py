@@ -29,7 +29,7 @@ from ggez_merge.read import NUMPY_DTYPE, Arena, Files, align
 from ggez_merge.shards import Block, Span, block_bytes, blocks
 from ggez_merge.write import ShardWriter, Staging, latest, prefers_direct
 
-HASH_BUFFER_BYTES = 4 << 20
+HASH_BUFFER_BYTES = 1 << 20
 
 
 class Progress(Protocol):

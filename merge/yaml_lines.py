@@ -45,9 +45,6 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Quotes what either PyYAML or `_Loader` would not read back as the same text."""
 
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
 
 for _kind, _pattern in _SCALARS.items():
     _Loader.add_implicit_resolver(_TAG + _kind, _pattern, None)  # type: ignore[no-untyped-call]
@@ -159,7 +156,7 @@ class _Builder:
         raise Refused(self.problems)
 
     def spend(self, node: yaml.Node, size: int) -> None:
-        """Aliases of aliases grow exponentially, so what they grow to is counted."""
+        """Aliases of aliases grow exponentially, so what they grow to is counted: also where it is empty."""
         self.size += size
         if self.size > MAX_BYTES:
             expected = f"at most {MAX_BYTES} characters and values"
@@ -247,7 +244,7 @@ def _override(document: Document, override: str, problems: list[Problem]) -> Non
     keys: list[str] = []
     position = 0
     while match := _STEP.match(override, position):
-        keys.append(match[1] or match[2] or match[3].strip())
+        keys.append(match[1] or match[2] or match[3])
         position = match.end()
         if match[4] == "=":
             break
