@@ -88,7 +88,7 @@ def _tensor(output: Output, tally: Tally, names: list[str]) -> dict[str, Any]:
     said: dict[str, Any] = {"action": output.action, "via": output.via}
     if output.job is not None:
         said["parameters"] = applied(output, names)
-    if output.base is not None:
+    if output.base is not None and tally.delta_squares:
         said["delta_norms"] = [float(f"{math.sqrt(square):.6g}") for square in tally.delta_squares]
     if any(tally.nonfinite):
         said["nonfinite"] = tally.nonfinite

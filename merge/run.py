@@ -55,13 +55,13 @@ class Stop:
 class Tally:
     """What the kernels saw of one output tensor."""
 
-    delta_squares: list[float]  # per model, sum of (x - base)^2
+    delta_squares: list[float]  # per model, sum of (x - base)^2; empty where the method does not look at deltas
     nonfinite: list[int]  # NaN and Inf per input, base first
     nonfinite_out: int = 0
     unequal: bool = False
 
     def add(self, stats: Stats) -> None:
-        self.delta_squares = [a + b for a, b in zip(self.delta_squares, stats.delta_squares, strict=True)]
+        self.delta_squares = [a + b for a, b in zip(self.delta_squares, stats.delta_squares, strict=False)]
         self.nonfinite = [a + b for a, b in zip(self.nonfinite, stats.nonfinite, strict=True)]
         self.nonfinite_out += stats.nonfinite_out
 

@@ -21,6 +21,7 @@ from ggez_merge.untrusted import printable
 Where = tuple[str | int, ...]  # the way from the top to a key or a list element: ("models", 0, "parameters")
 
 MAX_BYTES = 1 << 20  # of the file, and of what it says once aliases are expanded
+_VALUE_BYTES = 8  # what a key, a value or an element counts for, besides its text
 MAX_DEPTH = 32
 _DEPTH = f"at most {MAX_DEPTH} levels"
 _CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # and half characters; not tab and newline
@@ -159,13 +160,13 @@ class _Builder:
         """Aliases of aliases grow exponentially, so what they grow to is counted: also where it is empty."""
         self.size += size
         if self.size > MAX_BYTES:
-            expected = f"at most {MAX_BYTES} characters and values"
+            expected = f"at most {MAX_BYTES} bytes"
             self.stop(node, "The YAML is too big once its aliases are expanded.", expected)
 
     def build(self, node: yaml.Node, where: Where) -> Any:
         if len(where) > MAX_DEPTH:
             self.stop(node, "The YAML is nested too deeply.", _DEPTH)
-        self.spend(node, 1)
+        self.spend(node, _VALUE_BYTES)
         if isinstance(node, yaml.ScalarNode):
             return self.scalar(node)
         if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
@@ -194,7 +195,7 @@ class _Builder:
         """(key, value, inherited): the mapping's own pairs, then those of the mappings under its `<<`."""
         parents: list[yaml.Node] = []
         for key, value in node.value:
-            self.spend(key, 1)
+            self.spend(key, _VALUE_BYTES)
             if key.tag != _TAG + "merge":
                 yield key, value, False
             else:

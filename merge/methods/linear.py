@@ -11,6 +11,7 @@ models give identical bytes, and a weight of one gives that model's bytes.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from ggez_kernels.sparsify import Stats
 from ggez_merge.methods.method import NORMALIZE_ON, Apply, Array, Job, Kernels, Method, Parameter
@@ -45,7 +46,8 @@ def _combine(kernels: Kernels, job: Job, measured: None) -> Apply:
     shares = [weight / total for weight in weights[1:]]
 
     def average(out: Array, base: Array | None, models: Sequence[Array], start: int) -> Stats:
-        return kernels.linear(out, models[0], models[1:], shares, start=start)
+        stats = kernels.linear(out, models[0], models[1:], shares, start=start)
+        return replace(stats, delta_squares=(0.0, *stats.delta_squares))
 
     return average
 

@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from ggez_merge.methods.method import Apply, Job, Kernels, Measurement, Method, Parameter, Sweep, Tile
+from ggez_kernels.sparsify import Stats
+
+from ggez_merge.methods.method import Apply, Array, Job, Kernels, Measurement, Method, Parameter, Sweep, Tile
 
 NEARLY_PARALLEL = 0.9995
 NO_LENGTH = 1e-8
@@ -42,7 +45,11 @@ def _combine(kernels: Kernels, job: Job, cosine: float) -> Apply:
         return lambda out, base, models, start: kernels.linear(out, base, models, [t], start=start)
     theta = math.acos(cosine)
     weights = [math.sin((1 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta)]
-    return lambda out, base, models, start: kernels.linear(out, None, [base, *models], weights, start=start)
+
+    def arc(out: Array, base: Array | None, models: Sequence[Array], start: int) -> Stats:
+        return replace(kernels.linear(out, None, [base, *models], weights, start=start), delta_squares=())
+
+    return arc
 
 
 METHOD = Method(

@@ -1,0 +1,160 @@
+"""Whole merges, whole processes: ggez-merge, the same engine that only copies (the limit of the disk), and mergekit.
+
+    python benchmarks/make_models.py /data/models
+    python benchmarks/bench_merge.py /data/models --csv benchmarks/results/merge.csv
+
+Every tool runs the same recipe file on the same inputs, in turn, so that a noisy moment meets all of them. Wall time is
+that of the whole process from start to exit, peak memory the kernel's own account of it (VmHWM). ggez-merge brings its
+output to the disk (fsync) and hashes all inputs and outputs; mergekit does neither. Warm: the inputs were just
+read and are in the page cache; cold: the page cache was dropped (needs root).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+TUNED = ("sea", "latam")
+RECIPES = {
+    "linear": "merge_method: linear\nmodels:\n"
+    "  - {model: base, parameters: {weight: 0.7}}\n  - {model: sea, parameters: {weight: 0.3}}\n",
+    "task_arithmetic": "merge_method: task_arithmetic\nbase_model: base\nmodels:\n"
+    + "".join(f"  - {{model: {name}, parameters: {{weight: 0.5}}}}\n" for name in TUNED),
+    "ties": "merge_method: ties\nbase_model: base\nparameters: {normalize: true}\nmodels:\n"
+    + "".join(f"  - {{model: {name}, parameters: {{weight: 0.5, density: 0.5}}}}\n" for name in TUNED),
+    "dare_ties": "merge_method: dare_ties\nbase_model: base\nmodels:\n"
+    + "".join(f"  - {{model: {name}, parameters: {{weight: 0.5, density: 0.5}}}}\n" for name in TUNED),
+    "slerp": "merge_method: slerp\nbase_model: base\nmodels:\n  - model: base\n  - model: sea\nparameters: {t: 0.3}\n",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One process: seconds from start to exit, and its peak resident memory."""
+
+    seconds: float
+    peak_bytes: int
+
+
+def command(tool: str, recipe: Path, out: Path) -> list[str]:
+    """How a tool is called."""
+    if tool == "mergekit":
+        return [str(Path(sys.executable).with_name("mergekit-yaml")), str(recipe), str(out)]
+    if tool == "copy":
+        return [sys.executable, str(Path(__file__).with_name("copy_limit.py")), str(recipe), str(out)]
+    return [sys.executable, "-m", "ggez_merge", str(recipe), "--out", str(out), "--quiet"]
+
+
+def timed(arguments: Sequence[str], folder: Path) -> Run:
+    """Run a command in `folder`; its time and memory. Raises if it fails."""
+    began = time.perf_counter()
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(arguments, cwd=folder, stdout=said, stderr=said)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - began
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            said.seek(0)
+            raise RuntimeError(f"{' '.join(arguments)} exited {process.returncode}:\n{said.read().decode()[-2000:]}")
+    return Run(seconds, usage.ru_maxrss * 1024)
+
+
+def prepare(models: Path, cold: bool) -> None:
+    """Bring the inputs into the page cache, or everything out of it."""
+    os.sync()
+    if cold:
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+        return
+    for path in sorted(models.glob("*/*.safetensors")):
+        with open(path, "rb", buffering=0) as file:
+            while file.read(1 << 24):
+                pass
+
+
+def measure(models: Path, method: str, tools: Sequence[str], repeats: int, cold: bool) -> dict[str, list[Run]]:
+    """Every tool `repeats` times, in turn. What a tool wrote is removed before the next starts."""
+    recipe = models / f"{method}.yaml"
+    recipe.write_text(RECIPES[method])
+    runs: dict[str, list[Run]] = {tool: [] for tool in tools}
+    for _ in range(repeats):
+        for tool in tools:
+            out = models / "merged"
+            shutil.rmtree(out, ignore_errors=True)
+            prepare(models, cold)
+            runs[tool].append(timed(command(tool, recipe, out), models))
+            print(f"{method} {tool}: {runs[tool][-1].seconds:.2f} s", file=sys.stderr, flush=True)
+            shutil.rmtree(out)
+    return runs
+
+
+def processor() -> str:
+    """The processor's name and how many cores this machine has."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()} x {os.cpu_count()}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", type=Path, help="folder that make_models.py wrote")
+    parser.add_argument("--methods", nargs="+", default=["linear", "task_arithmetic", "ties"], choices=list(RECIPES))
+    parser.add_argument("--tools", nargs="+", default=["ggez-merge", "copy", "mergekit"])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--cold", action="store_true", help="drop the page cache before every run")
+    parser.add_argument("--csv", type=Path, help="append the results here")
+    arguments = parser.parse_args()
+    models = arguments.models.absolute()
+    size = sum(path.stat().st_size for path in (models / "base").glob("*.safetensors"))
+    rows = []
+    for method in arguments.methods:
+        runs = measure(models, method, arguments.tools, arguments.repeats, arguments.cold)
+        ours = statistics.median(run.seconds for run in runs["ggez-merge"]) if "ggez-merge" in runs else None
+        for tool, of_tool in runs.items():
+            seconds = [run.seconds for run in of_tool]
+            rows.append(
+                {
+                    "method": method,
+                    "tool": tool,
+                    "median_s": f"{statistics.median(seconds):.2f}",
+                    "min_s": f"{min(seconds):.2f}",
+                    "max_s": f"{max(seconds):.2f}",
+                    "runs": len(seconds),
+                    "times_ggez_merge": f"{statistics.median(seconds) / ours:.2f}" if ours else "",
+                    "peak_rss_MiB": f"{max(run.peak_bytes for run in of_tool) / 2**20:.0f}",
+                    "input_bytes_per_model": size,
+                    "cache": "cold" if arguments.cold else "warm",
+                    "machine": processor(),
+                    "system": platform.platform(),
+                    "versions": " ".join(
+                        f"{name} {version(name)}" for name in ("ggez-merge", "mergekit", "torch", "numba")
+                    ),
+                    "date": time.strftime("%Y-%m-%d"),
+                }
+            )
+    table = csv.DictWriter(sys.stdout, rows[0])
+    table.writeheader()
+    table.writerows(rows)
+    if arguments.csv:
+        new = not arguments.csv.exists()
+        arguments.csv.parent.mkdir(parents=True, exist_ok=True)
+        with open(arguments.csv, "a", newline="") as file:
+            table = csv.DictWriter(file, rows[0])
+            if new:
+                table.writeheader()
+            table.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
