@@ -52,12 +52,8 @@ def load_gallery() -> Gallery:
     concepts = [json.loads(line) for line in lines]
     with Image.open(HERE / "images.png") as image:
         grid = np.asarray(image.convert("RGB"))
-    pictures = rearrange(
-        grid, "(row y) (column x) colour -> (row column) colour y x", y=PICTURE_SIDE, x=PICTURE_SIDE
-    )
-    names = {
-        language: [concept[language] for concept in concepts] for language in GLOBAL_LANGUAGES + SEA_LANGUAGES
-    }
+    pictures = rearrange(grid, "(row y) (column x) colour -> (row column) colour y x", y=PICTURE_SIDE, x=PICTURE_SIDE)
+    names = {language: [concept[language] for concept in concepts] for language in GLOBAL_LANGUAGES + SEA_LANGUAGES}
     return Gallery(torch.from_numpy(pictures), names)
 
 
@@ -76,9 +72,7 @@ def evaluate(folder: Path, gallery: Gallery) -> Score:
     model.vision_model.pooler = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(folder)
     preprocessor = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
-    mean, deviation = (
-        torch.tensor(preprocessor[key]).view(1, 3, 1, 1) for key in ("image_mean", "image_std")
-    )
+    mean, deviation = (torch.tensor(preprocessor[key]).view(1, 3, 1, 1) for key in ("image_mean", "image_std"))
 
     def encode_pictures(pixels: Tensor) -> Tensor:
         pixels = (pixels * preprocessor["rescale_factor"] - mean) / deviation
@@ -96,9 +90,7 @@ def evaluate(folder: Path, gallery: Gallery) -> Score:
         recall = {}
         for language, names in gallery.names.items():
             parts = [names[start : start + BATCH] for start in range(0, len(names), BATCH)]
-            recall[language] = recall_at_1(
-                pictures @ torch.cat([encode_names(part) for part in parts]).T, names
-            )
+            recall[language] = recall_at_1(pictures @ torch.cat([encode_names(part) for part in parts]).T, names)
 
     def mean_percent(languages: Sequence[str]) -> float:
         return 100 * sum(recall[language] for language in languages) / len(languages)
@@ -142,9 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table of the folders on the command line."""
     parser = argparse.ArgumentParser(prog="python -m ggez_merge.recipes.emoji.evaluate", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument(
-        "folders", metavar="FOLDER", nargs="+", type=Path, help="a checkpoint; the base first"
-    )
+    parser.add_argument("folders", metavar="FOLDER", nargs="+", type=Path, help="a checkpoint; the base first")
     folders: list[Path] = parser.parse_args(arguments).folders
     for folder in folders:
         if not folder.is_dir():
