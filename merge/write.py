@@ -127,10 +127,12 @@ class Staging:
         """A small file of the checkpoint, on disk when this returns."""
         path = self.checkpoint / name
         try:
+            path.parent.mkdir(exist_ok=True)
             with open(path, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
+            _sync_folder(path.parent)
         except OSError as error:
             raise _write_error(path, error) from error
 
