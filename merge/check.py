@@ -58,12 +58,12 @@ class Check:
             return value
         for key in value:
             if unsupported and key in unsupported:
-                self.refuse((*where, key), f"`{key}` is not supported here.", remedy=unsupported[key])
+                self.refuse((*where, key), f"`{key}` is not supported here", remedy=unsupported[key])
             elif key not in keys:
                 remedy = nearest(key, keys)
                 if remedy is None and "parameters" in keys:
                     remedy = "if it is a parameter of the merge method, put it under `parameters`"
-                self.refuse((*where, key), f"`{key}` is not a key here.", f"one of {listed(keys)}", None, remedy)
+                self.refuse((*where, key), f"`{key}` is not a key here", f"one of {listed(keys)}", None, remedy)
         return {key: given for key, given in value.items() if key in keys and given is not None}
 
     def elements(self, where: Where, value: Any) -> list[tuple[Where, Any]]:
@@ -76,7 +76,7 @@ class Check:
 
     def required(self, where: Where, section: dict[str, Any], key: str) -> bool:
         if key not in section:
-            self.refuse(where, f"`{key}` is missing.")
+            self.refuse(where, f"`{key}` is missing")
         return key in section
 
     def exactly_one(self, where: Where, section: dict[str, Any], keys: Sequence[str]) -> str | None:
@@ -84,7 +84,7 @@ class Check:
         given = [key for key in keys if key in section]
         if len(given) != 1:
             here = (*where, given[1]) if given else where
-            self.refuse(here, f"Exactly one of {listed(keys)} must be given.", None, listed(given) or "none of them")
+            self.refuse(here, f"exactly one of {listed(keys)} must be given", None, listed(given) or "none of them")
         return given[0] if given else None
 
     def text(self, where: Where, value: Any) -> str | None:
@@ -109,10 +109,10 @@ def listed(words: Iterable[str]) -> str:
 
 
 def nearest(word: str, words: Iterable[str]) -> str | None:
-    """ "did you mean `weight`?", if one of the words is near."""
-    near = difflib.get_close_matches(word, list(words), n=1)
-    return f"did you mean `{near[0]}`?" if near else None
+    """ "did you mean `models` or `modules`?", naming the (at most two) words that are near."""
+    near = difflib.get_close_matches(word, list(words), n=2)
+    return f"did you mean {' or '.join(f'`{name}`' for name in near)}?" if near else None
 
 
 def _named(where: Where) -> str:
-    return f"`{where[-1]}`" if where and isinstance(where[-1], str) else "An element"
+    return f"`{where[-1]}`" if where and isinstance(where[-1], str) else "an element"

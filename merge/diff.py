@@ -259,9 +259,10 @@ def _read(files: Files, tensor: Tensor, start: int, n: int, buffer: memoryview) 
 
 
 def _change(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> Change:
+    if x.dtype.kind in "iu":  # beyond 2**53, float64 would not tell them apart
+        return Change(n_elements=x.size, n_changed=int(np.count_nonzero(x != y)))
     a, b = x.astype(np.float64), y.astype(np.float64)
-    integers = x.dtype.kind in "iu" and y.dtype.kind in "iu"  # beyond 2**53, float64 no longer tells them apart
-    n_changed = np.count_nonzero(x != y if integers else (a != b) & ~(np.isnan(a) & np.isnan(b)))
+    n_changed = np.count_nonzero((a != b) & ~(np.isnan(a) & np.isnan(b)))
     finite = np.isfinite(a) & np.isfinite(b)
     n_nonfinite = finite.size - np.count_nonzero(finite)
     if n_nonfinite:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ggez_merge.checkpoint import Checkpoint, Tensor
 from ggez_merge.components import COMPONENTS, component, layer
+from ggez_merge.units import readable_bytes
 from ggez_merge.untrusted import printable
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def show(summary: Summary, console: Console, tensors: bool = False) -> None:
         "model": summary.reference + (f"@{summary.revision}" if summary.revision else ""),
         "folder": summary.folder,
         "architecture": summary.architecture or "not stated",
-        "weights": f"{summary.parameters:,} parameters, {in_units(summary.size.n_bytes)} in {files}",
+        "weights": f"{summary.parameters:,} parameters, {readable_bytes(summary.size.n_bytes)} in {files}",
         "dtypes": dtypes or "none",
     }
     for label, fact in facts.items():
@@ -128,18 +129,8 @@ def show(summary: Summary, console: Console, tensors: bool = False) -> None:
         console.print(stacks)
     if tensors:
         for tensor in summary.tensors:
-            line = f"{printable(tensor.name)}  {tensor.dtype} {list(tensor.shape)}  {in_units(tensor.nbytes)}"
+            line = f"{printable(tensor.name)}  {tensor.dtype} {list(tensor.shape)}  {readable_bytes(tensor.nbytes)}"
             console.print(Text(line), soft_wrap=True)
-
-
-def in_units(n_bytes: int) -> str:
-    """Bytes as people write them, in decimal units: 7 B, 1.50 kB, 5.00 GB."""
-    size, unit = float(n_bytes), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if size < 999.995:
-            break
-        size, unit = size / 1000, larger
-    return f"{n_bytes} B" if unit == "B" else f"{size:.2f} {unit}"
 
 
 def _architecture(config: dict[str, Any] | None) -> str | None:
@@ -162,7 +153,7 @@ def _order(key: tuple[str, str]) -> tuple[int, str]:
 
 
 def _columns(size: Size) -> tuple[str, str, str]:
-    return f"{size.n_tensors:,}", f"{size.n_elements:,}", in_units(size.n_bytes)
+    return f"{size.n_tensors:,}", f"{size.n_elements:,}", readable_bytes(size.n_bytes)
 
 
 def _table(labels: Iterable[str]) -> Table:

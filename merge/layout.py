@@ -76,7 +76,7 @@ def _nothing(names: list[str], place: str) -> Problem:
         return pickled(place, _some(pickles))
     remedy = "give the folder that holds the .safetensors files"
     if "model_index.json" in names:
-        remedy = f"this is a diffusers pipeline: give one of its folders, such as {place}/unet"
+        remedy = "this is a diffusers pipeline: give the path of one of its folders, such as unet"
     return Problem("no safetensors checkpoint here", place=place, found=_some(names) or "nothing", remedy=remedy)
 
 

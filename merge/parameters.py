@@ -79,7 +79,7 @@ def read_value(check: Check, where: Where, value: Any) -> Value | None:
     if not all(isinstance(step, dict) for step in steps):
         check.refuse(
             where,
-            "A list mixes plain values and filters.",
+            "a list mixes plain values and filters",
             expected="numbers only, or {filter, value} only",
             found=value,
             remedy="write the value for all other tensors as {value: ...}, last",
@@ -92,7 +92,7 @@ def read_value(check: Check, where: Where, value: Any) -> Value | None:
         if any(earlier.reaches(name or "") for earlier in read):
             check.refuse(
                 (*where, i),
-                "This filter is never reached: one above it takes all its tensors.",
+                "this filter is never reached: one above it takes all its tensors",
                 remedy="remove it, or move it up",
             )
         if check.required((*where, i), entry, "value"):
@@ -108,10 +108,10 @@ def _unfiltered(check: Check, where: Where, value: Any) -> Scalar | list[float] 
     if isinstance(value, list) and value and all(map(_is_finite, value)):
         return [float(number) for number in value]
     if isinstance(value, list):
-        check.refuse(where, "A gradient is a list of at least one finite number.", found=value)
+        check.refuse(where, "a gradient is a list of at least one finite number", found=value)
     else:
         expected = "a finite number, true or false, a word, a list of numbers, or a list of {filter, value}"
-        check.refuse(where, "A parameter has no usable value.", expected, "nothing" if value is None else value)
+        check.refuse(where, "a parameter has no usable value", expected, "nothing" if value is None else value)
     return None
 
 

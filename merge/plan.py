@@ -17,6 +17,7 @@ from typing import Any
 
 from ggez_merge import __version__
 from ggez_merge.carry import check_tokenizer
+from ggez_merge.check import nearest
 from ggez_merge.checkpoint import ITEM_BITS, Checkpoint, open_checkpoint
 from ggez_merge.errors import Problem, Refused
 from ggez_merge.methods import METHODS
@@ -153,14 +154,11 @@ def unique(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
 
 
 def _unknown_method(recipe: Recipe) -> Problem:
-    import difflib
-
-    near = difflib.get_close_matches(recipe.merge_method, METHODS, 1)
     return Problem(
         f"there is no merge method {recipe.merge_method!r}",
         place=recipe.place("merge_method"),
         expected="one of " + ", ".join(METHODS),
-        remedy=f"did you mean `{near[0]}`?" if near else None,
+        remedy=nearest(recipe.merge_method, METHODS),
     )
 
 

@@ -89,10 +89,15 @@ def _tensor(output: Output, tally: Tally, names: list[str]) -> dict[str, Any]:
     if output.job is not None:
         said["parameters"] = applied(output, names)
     if output.base is not None and tally.delta_squares:
-        said["delta_norms"] = [float(f"{math.sqrt(square):.6g}") for square in tally.delta_squares]
+        said["delta_norms"] = [_norm(square) for square in tally.delta_squares]
     if any(tally.nonfinite):
         said["nonfinite"] = tally.nonfinite
     return said
+
+
+def _norm(square: float) -> float | None:
+    """Six digits of the norm; None for NaN and infinity, which JSON cannot say."""
+    return float(f"{math.sqrt(square):.6g}") if math.isfinite(square) else None
 
 
 def _versions() -> dict[str, str]:

@@ -15,7 +15,6 @@ Every problem in the file is found and raised at once. Which parameters a method
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from ggez_merge.check import Check, listed, nearest
 from ggez_merge.errors import Problem, Refused
 from ggez_merge.parameters import Filtered, Scalar, Value, read_parameters
 from ggez_merge.reference import ModelReference, read_path, read_reference, resolve_path
+from ggez_merge.units import parse_bytes
 from ggez_merge.yaml_lines import MAX_BYTES, Document, Where, decode, parse
 
 __all__ = [
@@ -137,7 +137,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         with open(path, "rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise Refused(Problem("The recipe cannot be read.", str(path), found=error.strerror)) from None
+        raise Refused(Problem("the recipe cannot be read", str(path), found=error.strerror)) from None
     return parse_recipe(decode(str(path), raw), path, overrides)
 
 
@@ -245,7 +245,7 @@ def _layer_range(check: Check, where: Where, value: Any) -> tuple[int, int] | No
     whole = isinstance(value, list) and len(value) == 2 and all(type(layer) is int for layer in value)
     if whole and 0 <= value[0] < value[1]:
         return value[0], value[1]
-    check.refuse(where, "This is not a range of layers.", "[first, end] with 0 <= first < end, end excluded", value)
+    check.refuse(where, "this is not a range of layers", "[first, end] with 0 <= first < end, end excluded", value)
     return None
 
 
@@ -255,21 +255,15 @@ def _dtype(check: Check, where: Where, value: Any) -> str | None:
     name = str(value).removeprefix("torch.")
     if name not in DTYPES:
         remedy = "remove it: integers cannot hold merged weights" if name == "int64" else nearest(name, DTYPES)
-        check.refuse(where, f"`{where[-1]}` must be one of {listed(DTYPES)}.", None, value, remedy)
+        check.refuse(where, f"`{where[-1]}` must be one of {listed(DTYPES)}", None, value, remedy)
     return DTYPES.get(name)
-
-
-_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([KMGT]?)(I?)B")
 
 
 def _shard_size_bytes(check: Check, where: Where, value: Any) -> int:
     if value is None:
         return DEFAULT_SHARD_BYTES
-    size_bytes = value if isinstance(value, int) else 0
-    if isinstance(value, str) and (match := _SIZE.fullmatch(value.upper())):
-        number, prefix, binary = match.groups()
-        thousands = " KMGT".index(prefix or " ")
-        size_bytes = round(float(number) * (1024 if binary else 1000) ** thousands)
-    if size_bytes < 1000:
-        check.refuse(where, "This is not a shard size.", '"5GB", "500MiB" or bytes; at least 1 KB', value)
+    size_bytes = parse_bytes(str(value)) if isinstance(value, (int, str)) else None
+    if size_bytes is None or size_bytes < 1000:
+        check.refuse(where, "this is not a shard size", '"5GB", "500MiB" or bytes; at least 1 KB', value)
+        return DEFAULT_SHARD_BYTES
     return size_bytes

@@ -56,10 +56,10 @@ def read_reference(check: Check, where: Where, value: Any) -> ModelReference | N
         return None if text is None else ModelReference(text)
     path, at, revision = text.rpartition("@") if "@" in text else (text, "", "")
     if "+" in text and not resolve_path(path, check.path):
-        what = "No local model has this name, and a LoRA adapter (after the `+`) cannot be applied here."
+        what = "no local model has this name, and a LoRA adapter (after the `+`) cannot be applied here"
         check.refuse(where, what, "path[@revision]", text, _UNSUPPORTED["lora"])
     elif not path or (at and not revision):
-        check.refuse(where, "This does not name a model.", "path[@revision]", text)
+        check.refuse(where, "this does not name a model", "path[@revision]", text)
     else:
         return ModelReference(path, revision or None)
     return None
@@ -75,7 +75,7 @@ def read_path(check: Check, where: Where, value: Any) -> str | None:
         if not os.environ.get(variable):
             check.refuse(
                 where,
-                f"The environment variable `{variable}` is not set or empty.",
+                f"the environment variable `{variable}` is not set or empty",
                 found=text,
                 remedy="set it",
             )

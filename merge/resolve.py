@@ -7,19 +7,18 @@ Within a scope given as a list of filters, the first filter that is part of the 
 
 from __future__ import annotations
 
-import difflib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from ggez_merge.check import nearest
 from ggez_merge.components import component, layer
 from ggez_merge.errors import Problem
-from ggez_merge.methods.method import Job, Method, Parameter, Scalar
-from ggez_merge.parameters import Filtered, Value, evaluate, matching
+from ggez_merge.methods.method import Job, Method, Parameter
+from ggez_merge.parameters import Filtered, Scalar, Value, evaluate, matching
 from ggez_merge.recipe import Module, Recipe, Slice
-
-Where = tuple[str | int, ...]
+from ggez_merge.yaml_lines import Where
 
 
 @dataclass(frozen=True)
@@ -149,12 +148,11 @@ class Resolver:
                     )
                     continue
                 known = [*self.method.per_model, *self.method.shared]
-                near = difflib.get_close_matches(key, known, 1)
                 yield Problem(
                     f"{self.method.name} takes no parameter `{key}`",
                     place=place,
                     expected="one of " + ", ".join(known),
-                    remedy=f"did you mean `{near[0]}`?" if near else "remove it, or choose the method that takes it",
+                    remedy=nearest(key, known) or "remove it, or choose the method that takes it",
                 )
 
     def _bad_values(self) -> Iterable[Problem]:

@@ -165,6 +165,7 @@ class _Run:
                 self.files.check_unchanged()
             except BaseException:
                 self.stop.event.set()
+                executor.shutdown(wait=False, cancel_futures=True)
                 raise
         seconds["total"] = time.perf_counter() - began
         return Outcome(
@@ -372,6 +373,8 @@ class _Run:
             errors = [future.exception() for future in finished if future.exception()]
             if errors:
                 self.stop.event.set()
+                for future in pending:
+                    future.cancel()
                 wait(pending)
                 raise _first(errors)
         if self.stop.signal_number:

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ggez_merge.components import component
-from ggez_merge.methods.method import Scalar
 from ggez_merge.outputs import Output
+from ggez_merge.parameters import Scalar
 from ggez_merge.plan import Plan
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
+_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([KMGT]?)(I?)B?", re.IGNORECASE)
 
 
 def parse_bytes(text: str) -> int | None:
@@ -17,10 +17,11 @@ def parse_bytes(text: str) -> int | None:
     return round(float(number) * unit)
 
 
-def readable_bytes(n: float) -> str:
-    """1536 -> "1.5 kB": decimal units, as disks and Hugging Face count."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(n) < 1000:
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1000
-    return f"{n:.2f} TB"
+def readable_bytes(n_bytes: float) -> str:
+    """Bytes in decimal units, as disks and Hugging Face count: 7 B, 1.50 kB, 5.00 GB."""
+    size, unit = float(n_bytes), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size < 999.995:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.0f} B" if unit == "B" else f"{size:.2f} {unit}"

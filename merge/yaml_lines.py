@@ -88,13 +88,13 @@ class Document:
 def decode(name: str, raw: bytes) -> str:
     """The text of a recipe file. Refuses what is too big or not UTF-8."""
     if len(raw) > MAX_BYTES:
-        raise Refused(Problem("The recipe is too big.", name, expected=f"at most {MAX_BYTES} bytes"))
+        raise Refused(Problem("the recipe is too big", name, expected=f"at most {MAX_BYTES} bytes"))
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         found = f"byte 0x{raw[error.start]:02x}"
-        problem = Problem("The recipe is not UTF-8.", f"{name}:{line}", found=found, remedy="save it as UTF-8")
+        problem = Problem("the recipe is not UTF-8", f"{name}:{line}", found=found, remedy="save it as UTF-8")
         raise Refused(problem) from None
 
 
@@ -108,7 +108,7 @@ def parse(text: str, name: str, overrides: Sequence[str], problems: list[Problem
     if not isinstance(data, dict):
         found = "nothing" if data is None else "a list" if isinstance(data, list) else "a single value"
         expected = "keys and values, such as `merge_method: linear`"
-        problems.append(Problem("The recipe is not a mapping.", name, expected=expected, found=found))
+        problems.append(Problem("the recipe is not a mapping", name, expected=expected, found=found))
         raise Refused(problems)
     document = Document(name, data, lines)
     for override in overrides:
@@ -124,18 +124,18 @@ def _load(text: str, place: Callable[[int], str], problems: list[Problem]) -> tu
         node = loader.get_single_node()
         return (None if node is None else builder.build(node, ())), builder.lines
     except RecursionError:
-        problem = Problem("The YAML is nested too deeply.", place(loader.line + 1), expected=_DEPTH)
+        problem = Problem("the YAML is nested too deeply", place(loader.line + 1), expected=_DEPTH)
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         found = f"the character U+{ord(text[error.position]):04X}"
-        problem = Problem("The YAML cannot be read: a character is not text.", place(line), found=found)
+        problem = Problem("the YAML cannot be read: a character is not text", place(line), found=found)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
         said = ", ".join(part for part in (error.context, error.problem) if part)
-        problem = Problem(f"The YAML cannot be read: {said}.", place(line))
+        problem = Problem(f"the YAML cannot be read: {said}", place(line))
     except (ValueError, OverflowError):  # raised where PyYAML reads an escape or a version number
-        problem = Problem("The YAML cannot be read: a number in it is out of range.", place(loader.line + 1))
+        problem = Problem("the YAML cannot be read: a number in it is out of range", place(loader.line + 1))
     problems.append(problem)
     raise Refused(problems)
 
@@ -161,11 +161,11 @@ class _Builder:
         self.size += size
         if self.size > MAX_BYTES:
             expected = f"at most {MAX_BYTES} bytes"
-            self.stop(node, "The YAML is too big once its aliases are expanded.", expected)
+            self.stop(node, "the YAML is too big once its aliases are expanded", expected)
 
     def build(self, node: yaml.Node, where: Where) -> Any:
         if len(where) > MAX_DEPTH:
-            self.stop(node, "The YAML is nested too deeply.", _DEPTH)
+            self.stop(node, "the YAML is nested too deeply", _DEPTH)
         self.spend(node, _VALUE_BYTES)
         if isinstance(node, yaml.ScalarNode):
             return self.scalar(node)
@@ -174,7 +174,7 @@ class _Builder:
             return [self.build(item, (*where, i)) for i, item in enumerate(node.value)]
         if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
             return self.mapping(node, where)
-        return self.refuse(node, f"The tag `{node.tag}` is not allowed.", remedy="write plain values")
+        return self.refuse(node, f"the tag `{node.tag}` is not allowed", remedy="write plain values")
 
     def mapping(self, node: yaml.MappingNode, where: Where) -> dict[str, Any]:
         data: dict[str, Any] = {}
@@ -182,13 +182,13 @@ class _Builder:
             name = self.scalar(key) if isinstance(key, yaml.ScalarNode) else None
             if not isinstance(name, str):
                 found = printable(key.value) if isinstance(key, yaml.ScalarNode) else "a list or a mapping"
-                self.refuse(key, "A key is not text.", found=found, remedy="put it in quotes")
+                self.refuse(key, "a key is not text", found=found, remedy="put it in quotes")
             elif name not in data:
                 self.lines[(*where, name)] = _line(key)
                 data[name] = self.build(value, (*where, name))
             elif not inherited:
                 first = self.place(self.lines[(*where, name)])
-                self.refuse(key, f"`{printable(name)}` is given twice.", found=f"first at {first}")
+                self.refuse(key, f"`{printable(name)}` is given twice", found=f"first at {first}")
         return data
 
     def pairs(self, node: yaml.MappingNode) -> Iterator[tuple[yaml.Node, yaml.Node, bool]]:
@@ -204,7 +204,7 @@ class _Builder:
             if isinstance(parent, yaml.MappingNode):
                 yield from ((key, value, True) for key, value, _ in self.pairs(parent))
             else:
-                self.refuse(parent, "`<<` takes a mapping or a list of mappings.")
+                self.refuse(parent, "`<<` takes a mapping or a list of mappings")
 
     def scalar(self, node: yaml.ScalarNode) -> bool | int | float | str | None:
         text: str = node.value
@@ -212,10 +212,10 @@ class _Builder:
         kind = node.tag.removeprefix(_TAG)
         if kind in ("str", "merge"):
             if _CONTROL.search(text):
-                self.refuse(node, "The text holds a control character.", found=printable(text))
+                self.refuse(node, "the text holds a control character", found=printable(text))
             return text
         if kind not in _SCALARS or not _SCALARS[kind].match(text):
-            self.refuse(node, f"The tag `{node.tag}` is not allowed.", remedy="write plain values")
+            self.refuse(node, f"the tag `{node.tag}` is not allowed", remedy="write plain values")
         elif kind == "bool":
             return text.lower() in ("yes", "true", "on")
         elif kind == "int":
@@ -250,7 +250,7 @@ def _override(document: Document, override: str, problems: list[Problem]) -> Non
         if match[4] == "=":
             break
     if not match:
-        return refuse("This is not an override.", expected='key.key=value; keys with dots in quotes: "a.b".c=1')
+        return refuse("this is not an override", expected='key.key=value; keys with dots in quotes: "a.b".c=1')
     known = len(problems)
     with suppress(Refused):  # which is in `problems`
         value, _ = _load(override[position:], lambda line: place, problems)
@@ -264,10 +264,10 @@ def _override(document: Document, override: str, problems: list[Problem]) -> Non
         step: str | int = key
         if isinstance(target, list):
             if not re.fullmatch("[0-9]{1,9}", key) or int(key) >= len(target):
-                return refuse(f"`{name}` has no element {key}.", found=f"{len(target)} of them, from 0")
+                return refuse(f"`{name}` has no element {key}", found=f"{len(target)} of them, from 0")
             step = int(key)
         elif not isinstance(target, dict):
-            return refuse(f"`{name}` is a single value: it has no `{key}`.", found=printable(str(target)))
+            return refuse(f"`{name}` is a single value: it has no `{key}`", found=printable(str(target)))
         where = (*where, step)
         if i == len(keys) - 1:
             target[step] = value

@@ -14,7 +14,8 @@ from checkpoints import write_checkpoint
 from rich.console import Console
 
 from ggez_merge.checkpoint import open_checkpoint
-from ggez_merge.inspect import Size, Summary, as_json, in_units, show, summarise
+from ggez_merge.inspect import Size, Summary, as_json, show, summarise
+from ggez_merge.units import readable_bytes
 
 BF16 = ml_dtypes.bfloat16
 ARRAYS: dict[str, np.ndarray[Any, Any]] = {
@@ -137,4 +138,4 @@ def test_empty_checkpoint(tmp_path: Path) -> None:
     ],
 )
 def test_units(n_bytes: int, text: str) -> None:
-    assert in_units(n_bytes) == text
+    assert readable_bytes(n_bytes) == text

@@ -352,7 +352,7 @@ VALUE = SHORT + "parameters:\n  weight: "
     ("text", "line", "said"),
     [
         # keys
-        (SHORT + "dtyp: float32", 4, "did you mean `dtype`?"),
+        (SHORT + "dtyp: float32", 4, "did you mean `dtype`"),
         (SHORT + "    wieght: 1", 4, "put it under `parameters`"),
         (SHORT + "    parametrs: {weight: 1}", 4, "did you mean `parameters`?"),
         (SHORT + "weight: 1", 4, "put it under `parameters`"),
@@ -365,14 +365,14 @@ VALUE = SHORT + "parameters:\n  weight: "
         (SHORT + "base_model:\n  model: a\n  override_architecture: b", 6, "remove it"),
         (SHORT + "base_model:\n  model:\n    path: a\n    rev: b", 7, "`revision`"),
         # structure
-        (SHORT + "slices:\n- sources: [{model: a, layer_range: [0, 1]}]", 4, "Exactly one"),
+        (SHORT + "slices:\n- sources: [{model: a, layer_range: [0, 1]}]", 4, "exactly one"),
         ("merge_method: x\nmodels: a", 2, "list of at least one"),
         ("merge_method: x\nmodels: []", 2, "list of at least one"),
         ("merge_method: x\nmodels:\n- a/b", 3, "must be a mapping"),
         ("merge_method: x\nmodels:\n- parameters: {weight: 1}", 3, "`model` is missing"),
         ("merge_method: x\nslices:\n- sources:\n  - model: a", 4, "`layer_range` is missing"),
         ("merge_method: x\nslices:\n- parameters: {weight: 1}", 3, "`sources` is missing"),
-        ("merge_method: x\nmodules:\n  a: {parameters: {t: 1}}", 3, "Exactly one"),
+        ("merge_method: x\nmodules:\n  a: {parameters: {t: 1}}", 3, "exactly one"),
         ("merge_method: x\nmodules:\n  a:", 3, "must be a mapping"),
         ("merge_method: x\nmodules: [a]", 2, "must be a mapping"),
         (SHORT + "sweep: 1", 4, "must be a mapping"),
@@ -440,8 +440,8 @@ def test_a_mistake_is_told_with_its_line(text: str, line: int, said: str) -> Non
     ("text", "said"),
     [
         ("models: [{model: a}]", "`merge_method` is missing"),
-        ("merge_method: x", "Exactly one"),
-        ("merge_method: x\nmodels:", "Exactly one"),
+        ("merge_method: x", "exactly one"),
+        ("merge_method: x\nmodels:", "exactly one"),
     ],
 )
 def test_what_is_missing_on_top_has_no_line(text: str, said: str) -> None:

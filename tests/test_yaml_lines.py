@@ -138,7 +138,7 @@ def test_a_long_text_repeated_by_aliases_stays_small() -> None:
 @pytest.mark.parametrize("text", ["", "# nothing", "~", "a", "[a]", "1"])
 def test_a_document_is_a_mapping(text: str) -> None:
     (problem,) = problems_of(text)
-    assert problem.what == "The recipe is not a mapping."
+    assert problem.what == "the recipe is not a mapping"
     assert problem.place == "f"
 
 

@@ -49,7 +49,7 @@ def _drops(job: Job) -> list[Sparsify]:
 
 
 def _key(job: Job, model: int) -> int:
-    words = f"{job.shared['seed']}\0{job.name}\0{model}".encode()
+    words = f"{int(job.shared['seed'])}\0{job.name}\0{model}".encode()
     return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little")
 
 

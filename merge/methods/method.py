@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ggez_kernels.sparsify import Sparsify, Stats
+from ggez_merge.parameters import Scalar
 
 if TYPE_CHECKING:
     import numpy as np
 
-Scalar = bool | int | float | str
 Array = Any  # a 1-D numpy array of float16, bfloat16 (ml_dtypes), float32 or float64
 
 

@@ -16,7 +16,6 @@ from dataclasses import replace
 from typing import Any
 
 from ggez_kernels.sparsify import Stats
-
 from ggez_merge.methods.method import Apply, Array, Job, Kernels, Measurement, Method, Parameter, Sweep, Tile
 
 NEARLY_PARALLEL = 0.9995

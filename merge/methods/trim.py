@@ -109,7 +109,10 @@ def _last_ties(
 
 
 def match_l1(kernels: Kernels, sparsified: list[list[Sparsify]]) -> Generator[Sweep, Any, list[list[Sparsify]]]:
-    """Rescale each sparsified delta to the L1 norm it had: factor = sum|d| / sum|kept d| (1 where either is < 1e-7)."""
+    """Rescale each sparsified delta to the L1 norm it had: factor = sum|d| / sum|kept d|.
+
+    The factor is 1 where a sum is below 1e-7, or not finite: weights that are not are the run's to judge.
+    """
 
     def sums(tile: Tile) -> list[tuple[int, list[tuple[np.ndarray, np.ndarray]]]]:
         pairs = zip(tile.models, sparsified[tile.job], strict=True)
@@ -120,7 +123,7 @@ def match_l1(kernels: Kernels, sparsified: list[list[Sparsify]]) -> Generator[Sw
     def factor(job: int, m: int) -> float:
         parts = [models[m] for index, models in partials if index == job]
         before, after = (math.fsum(value for part in parts for value in part[side]) for side in (0, 1))
-        return before / after if before >= 1e-7 and after >= 1e-7 else 1.0
+        return before / after if 1e-7 <= before < math.inf and 1e-7 <= after < math.inf else 1.0
 
     return [
         [replace(sparsify, rescale=factor(job, m)) for m, sparsify in enumerate(models)]
