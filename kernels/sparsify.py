@@ -8,6 +8,9 @@ from dataclasses import dataclass
 KEEP_ALL_LAST = 2**63 - 1
 """`Sparsify.last` when every element at the threshold is kept."""
 
+NAN_KEY = 0x7FC00000
+"""The magnitude key of every NaN, whatever its payload."""
+
 CHUNK = 65536
 """Elements per partial sum of `gram` and `l1`, counted from the start of the tensor."""
 
@@ -19,7 +22,8 @@ class Sparsify:
     kept = trimmed-in and not dropped, where for the element at flat index i of its tensor
 
     - trim (TIES, arXiv 2306.01708): `key > threshold or (key == threshold and i <= last)`, with
-      key = the 31 low bits of float32(d), which order like |d| (infinity above every number, NaN above infinity);
+      key = the 31 low bits of float32(d), which order like |d|: infinity above every number, and above it NaN,
+      always with the key `NAN_KEY`;
     - drop (DARE, arXiv 2311.03099): `Philox4x32-10(key=seed, counter=i // 4)[i % 4] < floor(keep * 2**32)`.
 
     The defaults keep everything unchanged.

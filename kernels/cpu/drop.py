@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ..sparsify import CHUNK, Sparsify
+from ggez_kernels.sparsify import CHUNK, Sparsify
+
 from .compiled import compiled
 from .gram import fold
 from .philox import philox
@@ -46,7 +47,7 @@ def l1(base: Array, model: Array, sparsify: Sparsify, *, start: int) -> tuple[Ar
 @compiled
 def _l1(table: Any, size: Any, start: Any, one: Any, rows: Any, words: Any, sums: Any, result: Any) -> None:
     for chunk in range(result.shape[1]):
-        sums[:] = 0.0
+        sums.fill(0.0)
         begin = chunk * CHUNK
         end = min(size, begin + CHUNK)
         for first in range(begin, end, STRIP):

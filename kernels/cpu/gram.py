@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ..sparsify import CHUNK
+from ggez_kernels.sparsify import CHUNK
+
 from .compiled import compiled
 from .rounding import widen
 from .strips import ABSENT, ADDRESS, CODE, STRIP, Array, check_chunk_start, prepare, widen_delta
@@ -33,7 +34,7 @@ def gram(inputs: Sequence[Array], base: Array | None = None, *, start: int) -> A
 @compiled
 def _gram(table: Any, count: Any, size: Any, rows: Any, sums: Any, result: Any) -> None:
     for chunk in range(result.shape[0]):
-        sums[:] = 0.0
+        sums.fill(0.0)
         begin = chunk * CHUNK
         end = min(size, begin + CHUNK)
         for first in range(begin, end, STRIP):

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from ..sparsify import Sparsify, Stats
+from ggez_kernels.sparsify import Sparsify, Stats
+
+from .bf16 import SPAN, WORDS, back_from, sum_of_two, towards, towards_two, words_of
 from .compiled import compiled
-from .rounding import narrow, widen
+from .rounding import BF16, narrow, overflow_bits, widen
 from .strips import ABSENT, ADDRESS, CHANGES, CODE, RESCALE, STRIP, WEIGHT, Array, Call, nonfinite_counts, prepare, thin
 
 
@@ -29,65 +31,141 @@ def linear(
     arguments that break this.
     """
     call = prepare(out, base, models, weights, sparsify)
-    squares = np.zeros((len(models), STRIP))
     scratch = np.empty((4, STRIP), call.work)
     words = np.empty(STRIP + 4, np.uint32)
-    nonfinite_out = _linear(call.table, call.reals, call.size, start, scratch, words, squares)
-    return collect(call, base is not None, squares, nonfinite_out)
+    squares, sums = running_squares(call)
+    nonfinite_out = _linear(call.table, call.reals, call.size, start, call.paired, scratch, words, squares, sums)
+    return collect(call, base is not None, sums, nonfinite_out)
 
 
-def collect(call: Call, has_base: bool, squares: Array, nonfinite_out: int) -> Stats:
+def running_squares(call: Call) -> tuple[Array, Array]:
+    """Room to sum squared deltas, twice per model in the work dtype (see `_linear`) and once in float64."""
+    count = call.reals.shape[0]
+    return np.zeros((2 * count, WORDS), call.work), np.zeros((count, WORDS))
+
+
+def collect(call: Call, has_base: bool, sums: Array, nonfinite_out: int) -> Stats:
     """The statistics of a finished call.
 
     An infinite or NaN input shows in the sum of squares of its delta or, without a base, in the output; only
     if one of them looks bad are the inputs read again and counted.
     """
     count = call.reals.shape[0]
-    sums = tuple(squares.sum(axis=1).tolist())
+    delta_squares = tuple(sums.sum(axis=1).tolist())
     suspicious = not np.isfinite(sums).all() if has_base else nonfinite_out > 0
     nonfinite = nonfinite_counts(call) if suspicious else (0,) * (count + has_base)
-    return Stats(nonfinite, int(nonfinite_out), sums)
+    return Stats(nonfinite, int(nonfinite_out), delta_squares)
 
 
 @compiled
-def _linear(table: Any, reals: Any, size: Any, start: Any, scratch: Any, words: Any, squares: Any) -> Any:
+def _linear(
+    table: Any,
+    reals: Any,
+    size: Any,
+    start: Any,
+    paired: Any,
+    scratch: Any,
+    words: Any,
+    squares: Any,
+    sums: Any,
+) -> Any:
     count = reals.shape[0]
-    has_base = table[count, CODE] != ABSENT
+    fast = False
+    if paired is not None:
+        fast = paired and count <= 2 and can_hurry(table, reals)
     nonfinite_out = 0
-    for first in range(0, size, STRIP):
-        n = min(STRIP, size - first)
-        base, model, delta, mixed = scratch[0, :n], scratch[1, :n], scratch[2, :n], scratch[3, :n]
-        if has_base:
-            widen(table[count, ADDRESS], table[count, CODE], first, base)
-        for k in range(count):
-            widen(table[k, ADDRESS], table[k, CODE], first, model)
-            if has_base:
-                subtract(model, base, delta, squares[k])
-                if table[k, CHANGES]:
-                    thin(table, k, start + first, reals[k, RESCALE], words, delta)
-                accumulate(delta, reals[k, WEIGHT], k == 0, mixed)
-            else:
-                accumulate(model, reals[k, WEIGHT], k == 0, mixed)
-        if has_base:
-            if count == 1:
-                interpolate(base, model, delta, reals[0, WEIGHT], reals[0, RESCALE], table[0, CHANGES] != 0, mixed)
-            else:
-                add_to_base(base, mixed)
-        nonfinite_out += narrow(mixed, table[count + 1, ADDRESS], table[count + 1, CODE], first)
+    for begin in range(0, size, SPAN):
+        end = min(size, begin + SPAN)
+        done = False
+        if paired is not None:
+            if fast and end - begin == SPAN:
+                done = hurry(table, reals, begin, squares) < overflow_bits(BF16)
+        if not done:
+            # a span that is repeated has left its squares already: these go where nobody looks
+            kept = squares[count:] if fast and end - begin == SPAN else squares[:count]
+            for first in range(begin, end, STRIP):
+                n = min(STRIP, end - first)
+                nonfinite_out += strip(table, reals, first, n, start, scratch, words, kept)
+        flush(begin, end, size, squares, sums)
     return nonfinite_out
 
 
 @compiled
+def can_hurry(table: Any, reals: Any) -> Any:
+    """Whether one of the loops of `bf16` does what is asked."""
+    count = reals.shape[0]
+    for k in range(count):
+        if table[k, CHANGES]:
+            return False
+    if count == 2:
+        return True
+    return table[1, CODE] != ABSENT and reals[0, WEIGHT] != 0 and reals[0, WEIGHT] != 1
+
+
+@compiled
+def hurry(table: Any, reals: Any, first: Any, squares: Any) -> Any:
+    count = reals.shape[0]
+    x = words_of(table[0, ADDRESS], first)
+    out = words_of(table[count + 1, ADDRESS], first)
+    base = words_of(table[count, ADDRESS], first)
+    weight = np.float32(reals[0, WEIGHT])
+    if count == 2:
+        y = words_of(table[1, ADDRESS], first)
+        other = np.float32(reals[1, WEIGHT])
+        if table[count, CODE] == ABSENT:
+            return sum_of_two(x, y, weight, other, out)
+        return towards_two(base, x, y, weight, other, out, squares[0], squares[1])
+    if weight < np.float32(0.5):
+        return towards(base, x, weight, out, squares[0])
+    return back_from(base, x, np.float32(1) - weight, out, squares[0])
+
+
+@compiled
+def strip(table: Any, reals: Any, first: Any, n: Any, start: Any, scratch: Any, words: Any, squares: Any) -> Any:
+    """One strip, row by row: any number of models, any dtypes; answers the output's NaN and infinite elements."""
+    count = reals.shape[0]
+    has_base = table[count, CODE] != ABSENT
+    base, model, delta, mixed = scratch[0, :n], scratch[1, :n], scratch[2, :n], scratch[3, :n]
+    # every helper is called from one place, for its loops are compiled once per call; so the base takes its turn here
+    for turn in range(0 if has_base else 1, count + 1):
+        k = count if turn == 0 else turn - 1
+        row = base if turn == 0 else model
+        widen(table[k, ADDRESS], table[k, CODE], first, row)
+        if turn == 0:
+            continue
+        if has_base:
+            subtract(model, base, delta, squares[k])
+            if table[k, CHANGES]:
+                thin(table, k, start + first, reals[k, RESCALE], words, delta)
+            row = delta
+        accumulate(row, reals[k, WEIGHT], k == 0, mixed)
+    if has_base:
+        finish(base, model, delta, reals, table[0, CHANGES] != 0, mixed)
+    return narrow(mixed, table[count + 1, ADDRESS], table[count + 1, CODE], first)
+
+
+@compiled
+def flush(begin: Any, end: Any, size: Any, squares: Any, sums: Any) -> None:
+    """Add the running squares to their float64 sums, every sixteen spans and at the end."""
+    if end == size or begin // SPAN % 16 == 15:
+        for k in range(sums.shape[0]):
+            for i in range(sums.shape[1]):
+                sums[k, i] += np.float64(squares[k, i])
+                squares[k, i] = squares.dtype.type(0)
+
+
+@compiled
 def subtract(model: Any, base: Any, delta: Any, squares: Any) -> None:
-    """delta = model - base; its squares are added up in float64, one running sum per place in the strip."""
+    """delta = model - base; its squares join the running ones."""
     for i in range(delta.size):
         difference = model[i] - base[i]
         delta[i] = difference
-        squares[i] += np.float64(difference) * np.float64(difference)
+        squares[i] += difference * difference
 
 
 @compiled
 def accumulate(row: Any, weight: Any, begins: Any, mixed: Any) -> None:
+    """mixed += weight * row; the first term is stored, not added to zero, for the sake of the sign of zero."""
     if begins:
         for i in range(row.size):
             mixed[i] = weight * row[i]
@@ -105,19 +183,18 @@ def add_to_base(base: Any, mixed: Any) -> None:
 
 
 @compiled
-def interpolate(
-    base: Any, model: Any, delta: Any, weight: Any, rescale: Any, thinned: Any, mixed: Any
-) -> None:
-    """One model: mixed holds weight * delta and receives the result; exact at weights 0 and 1."""
-    one = mixed.dtype.type(1)
-    zero = mixed.dtype.type(0)
-    if weight == zero:
-        mixed[:] = base
-    elif weight == one and not thinned:
-        mixed[:] = model
-    elif weight < one / mixed.dtype.type(2) or rescale != one:
-        add_to_base(base, mixed)
-    else:
+def finish(base: Any, model: Any, delta: Any, reals: Any, thinned: Any, mixed: Any) -> None:
+    """mixed, a sum of weighted deltas, becomes the result; a single model gets what is exact at weights 0 and 1."""
+    zero, one, half = mixed.dtype.type(0), mixed.dtype.type(1), mixed.dtype.type(0.5)
+    weight, rescale = reals[0, WEIGHT], reals[0, RESCALE]
+    alone = reals.shape[0] == 1
+    if alone and (weight == zero or (weight == one and not thinned)):
+        end = base if weight == zero else model
+        for i in range(base.size):
+            mixed[i] = end[i]
+    elif alone and weight >= half and rescale == one:
         rest = one - weight
         for i in range(base.size):
             mixed[i] = base[i] if delta[i] == zero else model[i] - rest * delta[i]
+    else:
+        add_to_base(base, mixed)

@@ -1,4 +1,4 @@
-"""Philox4x32-10, the counter-based generator of Salmon et al., SC 2011 ("Parallel random numbers: as easy as 1, 2, 3")."""
+"""Philox4x32-10, a counter-based generator: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011."""
 
 from __future__ import annotations
 

@@ -79,9 +79,9 @@ def _bits_for_halving(value: Any) -> Any:
 
 @compiled
 def bits_to_bf16(bits: Any) -> Any:
+    """Right for everything but NaN."""
     odd = u32(u32(bits >> u32(16)) & u32(1))
-    rounded = u32(u32(u32(bits + u32(0x7FFF)) + odd) >> u32(16))
-    return u16(u32(0x7FC0) if u32(bits & u32(0x7FFFFFFF)) > u32(0x7F800000) else rounded)
+    return u16(u32(u32(bits + u32(0x7FFF)) + odd) >> u32(16))
 
 
 @compiled
@@ -93,8 +93,8 @@ def bits_to_f16(bits: Any) -> Any:
     shifted = f32(magnitude.view(np.float32) + _ONE_HALF).view(np.uint32)
     value = u32(shifted - _ONE_HALF_BITS) if magnitude < _SMALLEST_NORMAL_HALF_BITS else normal
     value = u32(0x7C00) if magnitude >= _HALF_OVERFLOW_BITS else value
-    value = u32(value | u32(u32(bits >> u32(16)) & u32(0x8000)))
-    return u16(u32(0x7E00) if magnitude > u32(0x7F800000) else value)
+    value = u32(0x7E00) if magnitude > u32(0x7F800000) else value
+    return u16(value | u32(u32(bits >> u32(16)) & u32(0x8000)))
 
 
 @compiled
@@ -121,34 +121,64 @@ def widen(address: Any, code: Any, first: Any, row: Any) -> None:
 
 @compiled
 def narrow(row: Any, address: Any, code: Any, first: Any) -> Any:
-    """stored[first + i] = row[i], rounded; answers how many stored elements are NaN or infinite."""
+    """stored[first + i] = row[i], rounded; answers how many stored elements are NaN or infinite.
+
+    The common strip has none, so the fast loops only find the largest magnitude, and are repeated if it tells.
+    The row may be changed.
+    """
+    for _ in range(2):
+        if store(row, address, code, first) < overflow_bits(code):
+            return 0
+        for i in range(row.size):
+            row[i] = row[i] if row[i] == row[i] else row.dtype.type(np.nan)
+    return count_nonfinite(address + item_size(code) * first, code, row.size)
+
+
+@compiled
+def overflow_bits(code: Any) -> Any:
+    """What `store` answers for a row whose rounded elements are not all finite is at least this."""
+    if code == BF16:
+        return u32(0x7F7F8000)
+    if code == F16:
+        return u32(0x477FF000)
+    return u32(0x7F800000) if code == F32 else u32(0x7FF00000)
+
+
+@compiled
+def item_size(code: Any) -> Any:
+    return 2 if code == BF16 or code == F16 else 4 if code == F32 else 8
+
+
+@compiled
+def store(row: Any, address: Any, code: Any, first: Any) -> Any:
+    """Round and store; answers the largest magnitude, as the upper 32 bits of its float32 or float64 form."""
     n = row.size
-    nonfinite = u32(0)
+    largest = u32(0)
     if code == BF16:
         halves = carray(pointer(address + 2 * first), n, np.uint16)
         for i in range(n):
-            half = bits_to_bf16(bits_for_halving(row[i]))
-            halves[i] = half
-            nonfinite += u32(1) if u16(half & u16(0x7F80)) == u16(0x7F80) else u32(0)
+            bits = bits_for_halving(row[i])
+            halves[i] = bits_to_bf16(bits)
+            largest = max(largest, u32(bits & u32(0x7FFFFFFF)))
     elif code == F16:
         halves = carray(pointer(address + 2 * first), n, np.uint16)
         for i in range(n):
-            half = bits_to_f16(bits_for_halving(row[i]))
-            halves[i] = half
-            nonfinite += u32(1) if u16(half & u16(0x7C00)) == u16(0x7C00) else u32(0)
+            bits = bits_for_halving(row[i])
+            halves[i] = bits_to_f16(bits)
+            largest = max(largest, u32(bits & u32(0x7FFFFFFF)))
     elif code == F32:
         singles = carray(pointer(address + 4 * first), n, np.float32)
         for i in range(n):
             single = f32(row[i])
-            singles[i] = single if single == single else f32(np.nan)
-            nonfinite += u32(0) if abs(single) < f32(np.inf) else u32(1)
+            singles[i] = single
+            largest = max(largest, u32(single.view(np.uint32) & u32(0x7FFFFFFF)))
     else:
         doubles = carray(pointer(address + 8 * first), n, np.float64)
         for i in range(n):
             double = f64(row[i])
-            doubles[i] = double if double == double else np.nan
-            nonfinite += u32(0) if abs(double) < np.inf else u32(1)
-    return np.int64(nonfinite)
+            doubles[i] = double
+            largest = max(largest, u32(u32(double.view(np.uint64) >> np.uint64(32)) & u32(0x7FFFFFFF)))
+    return largest
 
 
 @compiled

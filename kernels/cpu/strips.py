@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from ..sparsify import CHUNK, Sparsify
+from ggez_kernels.sparsify import CHUNK, NAN_KEY, Sparsify
+
 from .compiled import compiled
 from .philox import philox
-from .rounding import BF16, CODES, F16, F32, F64, count_nonfinite, widen
+from .rounding import BF16, CODES, F64, count_nonfinite, widen
 
 STRIP = 1024
 ADDRESS, CODE, THRESHOLD, LAST, LIMIT, SEED, CHANGES = range(7)
@@ -35,7 +36,9 @@ class Call:
     reals: Array
     size: int
     work: Any  # np.float32 or np.float64
-    all_bf16: bool
+    paired: bool | None
+    """All bfloat16, and readable as 32-bit words, so that the loops of `bf16` apply. None in float64 work: numba then
+    leaves them out of what it compiles."""
 
 
 def prepare(
@@ -70,7 +73,8 @@ def prepare(
             seed = how.seed - 2**64 if how.seed >= 2**63 else how.seed
             rows[k][THRESHOLD:] = [how.threshold, how.last, how.keep_limit, seed, 1]
             reals[k, RESCALE] = how.rescale
-    return Call(np.array(rows, np.int64), reals, size, work, codes == {BF16})
+    paired = codes <= {BF16, ABSENT} and all(row[ADDRESS] % 4 == 0 for row in rows)
+    return Call(np.array(rows, np.int64), reals, size, work, None if work is np.float64 else paired)
 
 
 def _row(array: Array, size: int, name: str) -> list[int]:
@@ -94,9 +98,7 @@ def nonfinite_counts(call: Call) -> tuple[int, ...]:
     count = call.table.shape[0] - 2
     inputs = [count] if call.table[count, CODE] != ABSENT else []
     inputs += range(count)
-    return tuple(
-        int(count_nonfinite(call.table[row, ADDRESS], call.table[row, CODE], call.size)) for row in inputs
-    )
+    return tuple(int(count_nonfinite(call.table[row, ADDRESS], call.table[row, CODE], call.size)) for row in inputs)
 
 
 @compiled
@@ -131,5 +133,11 @@ def thin(table: Any, k: Any, first: Any, rescale: Any, words: Any, row: Any) -> 
 def trim(row: Any, begin: Any, end: Any, lowest: Any) -> None:
     """Zero what lies below the magnitude key `lowest`."""
     for i in range(begin, end):
-        key = np.uint32(np.float32(row[i]).view(np.uint32) & np.uint32(0x7FFFFFFF))
-        row[i] = row[i] if key >= lowest else row.dtype.type(0)
+        row[i] = row[i] if magnitude_key(row[i]) >= lowest else row.dtype.type(0)
+
+
+@compiled
+def magnitude_key(delta: Any) -> Any:
+    """The key of `Sparsify`. A NaN that comes out of arithmetic is quiet, and so never below `NAN_KEY`."""
+    bits = np.uint32(np.float32(delta).view(np.uint32) & np.uint32(0x7FFFFFFF))
+    return min(bits, np.uint32(NAN_KEY))

@@ -8,7 +8,7 @@ import numpy as np
 
 from .compiled import compiled
 from .rounding import widen
-from .strips import ADDRESS, CODE, STRIP, Array, prepare, widen_delta
+from .strips import ADDRESS, CODE, STRIP, Array, magnitude_key, prepare, widen_delta
 
 TABLES = 4
 
@@ -16,7 +16,7 @@ TABLES = 4
 def histogram(base: Array, model: Array, *, shift: int, bits: int, prefix: int) -> Array:
     """h[v] = how many keys have (key >> shift) & (2**bits - 1) == v and key >> (shift + bits) == prefix.
 
-    key = the 31 low bits of float32(model - base), which order like |model - base|. Answers int64[2**bits]; the
+    key = the 31 low bits of float32(model - base), as in `Sparsify`. Answers int64[2**bits]; the
     histograms of a tensor's tiles add up to the tensor's. Arrays as for `linear`.
     """
     if bits < 1 or shift < 0 or shift + bits > 31:
@@ -55,7 +55,7 @@ def fill_keys(table: Any, first: Any, n: Any, rows: Any, keys: Any) -> None:
     widen(table[1, ADDRESS], table[1, CODE], first, base)
     widen_delta(table, 0, first, base, delta)
     for i in range(n):
-        keys[i] = np.uint32(np.float32(delta[i]).view(np.uint32) & np.uint32(0x7FFFFFFF))
+        keys[i] = magnitude_key(delta[i])
 
 
 @compiled

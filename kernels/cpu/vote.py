@@ -7,11 +7,27 @@ from typing import Any
 
 import numpy as np
 
-from ..sparsify import Sparsify, Stats
+from ggez_kernels.sparsify import Sparsify, Stats
+
+from .bf16 import SPAN, ballot_of_two, words_of
 from .compiled import compiled
-from .linear import add_to_base, collect, linear, subtract
-from .rounding import narrow, widen
-from .strips import ADDRESS, CHANGES, CODE, RESCALE, STRIP, WEIGHT, Array, prepare, thin
+from .linear import add_to_base, collect, flush, linear, running_squares, subtract
+from .rounding import BF16, narrow, overflow_bits, widen
+from .strips import (
+    ADDRESS,
+    ALL,
+    CHANGES,
+    CODE,
+    LAST,
+    LIMIT,
+    RESCALE,
+    STRIP,
+    THRESHOLD,
+    WEIGHT,
+    Array,
+    prepare,
+    thin,
+)
 
 
 def vote(
@@ -33,14 +49,25 @@ def vote(
     if len(models) == 1 and len(weights) == 1:
         return linear(out, base, models, [alone(weights[0], normalize, scale)], sparsify=sparsify, start=start)
     call = prepare(out, base, models, weights, sparsify)
-    squares = np.zeros((len(models), STRIP))
     scratch = np.empty((5 + len(models), STRIP), call.work)
     words = np.empty(STRIP + 4, np.uint32)
+    squares, sums = running_squares(call)
     factor = call.work(scale)
     nonfinite_out = _vote(
-        call.table, call.reals, call.size, start, count, normalize, factor, scratch, words, squares
+        call.table,
+        call.reals,
+        call.size,
+        start,
+        call.paired,
+        count,
+        normalize,
+        factor,
+        scratch,
+        words,
+        squares,
+        sums,
     )
-    return collect(call, True, squares, nonfinite_out)
+    return collect(call, True, sums, nonfinite_out)
 
 
 def alone(weight: float, normalize: bool, scale: float) -> float:
@@ -56,6 +83,73 @@ def _vote(
     reals: Any,
     size: Any,
     start: Any,
+    paired: Any,
+    by_count: Any,
+    normalize: Any,
+    scale: Any,
+    scratch: Any,
+    words: Any,
+    squares: Any,
+    sums: Any,
+) -> Any:
+    count = reals.shape[0]
+    lowest = np.empty(count, np.uint32)
+    nonfinite_out = 0
+    for begin in range(0, size, SPAN):
+        end = min(size, begin + SPAN)
+        fast = False
+        done = False
+        if paired is not None:
+            if paired and count == 2 and not by_count and end - begin == SPAN:
+                fast = can_hurry(table, start + begin, lowest)
+            if fast:
+                done = hurry(table, reals, begin, lowest, normalize, scale, squares) < overflow_bits(BF16)
+        if not done:
+            # a span that is repeated has left its squares already: these go where nobody looks
+            kept = squares[count:] if fast else squares[:count]
+            for first in range(begin, end, STRIP):
+                n = min(STRIP, end - first)
+                nonfinite_out += strip(table, reals, first, n, start, by_count, normalize, scale, scratch, words, kept)
+        flush(begin, end, size, squares, sums)
+    return nonfinite_out
+
+
+@compiled
+def can_hurry(table: Any, first: Any, lowest: Any) -> Any:
+    """Whether each model keeps the same magnitudes, from lowest[k] on, throughout the span and drops none at random."""
+    for k in range(lowest.size):
+        if table[k, CHANGES] and table[k, LIMIT] < ALL:
+            return False
+        lowest[k] = np.uint32(table[k, THRESHOLD])
+        if table[k, CHANGES] and table[k, LAST] < first + SPAN - 1:
+            if table[k, LAST] >= first:
+                return False
+            lowest[k] = np.uint32(table[k, THRESHOLD] + 1)
+    return True
+
+
+@compiled
+def hurry(table: Any, reals: Any, first: Any, lowest: Any, normalize: Any, scale: Any, squares: Any) -> Any:
+    return ballot_of_two(
+        words_of(table[2, ADDRESS], first),
+        words_of(table[0, ADDRESS], first),
+        words_of(table[1, ADDRESS], first),
+        lowest,
+        reals,
+        normalize,
+        np.float32(scale),
+        words_of(table[3, ADDRESS], first),
+        squares,
+    )
+
+
+@compiled
+def strip(
+    table: Any,
+    reals: Any,
+    first: Any,
+    n: Any,
+    start: Any,
     by_count: Any,
     normalize: Any,
     scale: Any,
@@ -63,33 +157,26 @@ def _vote(
     words: Any,
     squares: Any,
 ) -> Any:
+    """One strip, row by row: any number of models, any dtypes; answers the output's NaN and infinite elements."""
     count = reals.shape[0]
-    nonfinite_out = 0
-    for first in range(0, size, STRIP):
-        n = min(STRIP, size - first)
-        base, model, total, mixed, divisor = (
-            scratch[0, :n],
-            scratch[1, :n],
-            scratch[2, :n],
-            scratch[3, :n],
-            scratch[4, :n],
-        )
-        widen(table[count, ADDRESS], table[count, CODE], first, base)
-        total[:] = 0
-        mixed[:] = 0
-        divisor[:] = 0
-        for k in range(count):
-            delta = scratch[5 + k, :n]
-            widen(table[k, ADDRESS], table[k, CODE], first, model)
-            subtract(model, base, delta, squares[k])
-            if table[k, CHANGES]:
-                thin(table, k, start + first, reals[k, RESCALE], words, delta)
-            ballot(delta, reals[k, WEIGHT], by_count, total)
-        for k in range(count):
-            join(scratch[5 + k, :n], total, reals[k, WEIGHT], mixed, divisor)
-        settle(base, divisor, normalize, scale, mixed)
-        nonfinite_out += narrow(mixed, table[count + 1, ADDRESS], table[count + 1, CODE], first)
-    return nonfinite_out
+    base, model, total = scratch[0, :n], scratch[1, :n], scratch[2, :n]
+    mixed, divisor = scratch[3, :n], scratch[4, :n]
+    for i in range(n):
+        total[i] = mixed[i] = divisor[i] = total.dtype.type(0)
+    for turn in range(count + 1):
+        k = count if turn == 0 else turn - 1
+        widen(table[k, ADDRESS], table[k, CODE], first, base if turn == 0 else model)
+        if turn == 0:
+            continue
+        delta = scratch[5 + k, :n]
+        subtract(model, base, delta, squares[k])
+        if table[k, CHANGES]:
+            thin(table, k, start + first, reals[k, RESCALE], words, delta)
+        ballot(delta, reals[k, WEIGHT], by_count, total)
+    for k in range(count):
+        join(scratch[5 + k, :n], total, reals[k, WEIGHT], mixed, divisor)
+    settle(base, divisor, normalize, scale, mixed)
+    return narrow(mixed, table[count + 1, ADDRESS], table[count + 1, CODE], first)
 
 
 @compiled
