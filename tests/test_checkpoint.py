@@ -49,9 +49,7 @@ def test_single_file_folder(tmp_path: Path) -> None:
 
 def test_shards_are_in_order_and_hold_the_data(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(write_checkpoint(tmp_path, ARRAYS, shards=3)))
-    assert [file.path.name for file in checkpoint.files] == [
-        f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)
-    ]
+    assert [file.path.name for file in checkpoint.files] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     assert list(checkpoint.tensors) == list(ARRAYS)
     for name, tensor in checkpoint.tensors.items():
         data = tensor.file.read_bytes()[tensor.offset : tensor.offset + tensor.nbytes]
@@ -60,9 +58,7 @@ def test_shards_are_in_order_and_hold_the_data(tmp_path: Path) -> None:
 
 def test_sizes_count_only_floats_as_parameters(tmp_path: Path) -> None:
     arrays = {"w": np.ones((2, 3), np.float16), "scale": np.float32(1), "ids": np.arange(4)}
-    checkpoint = open_checkpoint(
-        str(write_checkpoint(tmp_path, {k: np.asarray(v) for k, v in arrays.items()}))
-    )
+    checkpoint = open_checkpoint(str(write_checkpoint(tmp_path, {k: np.asarray(v) for k, v in arrays.items()})))
     assert (checkpoint.parameters, checkpoint.nbytes) == (7, 12 + 4 + 32)
 
 
@@ -84,9 +80,7 @@ def test_numbered_shards_without_index(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, ARRAYS, shards=3, index=False)
     assert list(open_checkpoint(str(tmp_path)).tensors) == list(ARRAYS)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
-    refused_once(
-        tmp_path, "shards of the checkpoint are missing", "3 shards", "model-00003-of-00003", "index.json"
-    )
+    refused_once(tmp_path, "shards of the checkpoint are missing", "3 shards", "model-00003-of-00003", "index.json")
 
 
 @pytest.mark.parametrize("shards", [1, 2])
@@ -99,9 +93,7 @@ def test_the_name_model_comes_first(shards: int, tmp_path: Path) -> None:
 def test_loose_files_are_refused(tmp_path: Path) -> None:
     for name in "ab":
         write_file(tmp_path / f"{name}.safetensors", {name: np.ones(1, np.float32)})
-    refused_once(
-        tmp_path, "not clear which files", "a.safetensors, b.safetensors", "name the .safetensors file itself"
-    )
+    refused_once(tmp_path, "not clear which files", "a.safetensors, b.safetensors", "name the .safetensors file itself")
 
 
 def test_two_indexes_are_refused(tmp_path: Path) -> None:
@@ -134,7 +126,7 @@ def test_pickles_are_refused_by_name(name: str, tmp_path: Path) -> None:
 def test_folders_without_weights_are_refused(tmp_path: Path) -> None:
     refused_once(tmp_path, "no safetensors checkpoint here", "nothing")
     (tmp_path / "model_index.json").write_text("{}")
-    refused_once(tmp_path, "diffusers pipeline", "/unet")
+    refused_once(tmp_path, "diffusers pipeline", "such as unet")
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
@@ -155,10 +147,7 @@ def test_relative_paths_try_each_folder_in_turn(tmp_path: Path) -> None:
     assert list(open_checkpoint(str(tmp_path / "two" / "both"), search=search).tensors) == ["second"]
     (problem,) = refused("none", search=search)
     assert "no such checkpoint: none" in problem.what
-    assert (
-        problem.found is not None
-        and f"{tmp_path / 'one' / 'none'}, {tmp_path / 'two' / 'none'}" in problem.found
-    )
+    assert problem.found is not None and f"{tmp_path / 'one' / 'none'}, {tmp_path / 'two' / 'none'}" in problem.found
 
 
 def test_a_local_path_has_no_revision(tmp_path: Path) -> None:
@@ -172,9 +161,7 @@ def test_a_local_path_has_no_revision(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "reference", ["", "a\0b", "/no/such/folder", "./no/such", "../no", "no-such.safetensors", "x" * 5000]
 )
-def test_references_to_nothing_are_refused(
-    reference: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_references_to_nothing_are_refused(reference: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (problem,) = refused(reference)
     assert "no such checkpoint" in problem.what or "not a path" in problem.what
@@ -224,9 +211,7 @@ def test_tensor_in_the_shard_but_not_in_the_index(tmp_path: Path) -> None:
 def test_tensor_in_two_shards(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, ARRAYS, shards=2, index=False)
     write_file(tmp_path / "model-00002-of-00002.safetensors", {"model.layers.0.w": np.ones(1, np.float32)})
-    refused_once(
-        tmp_path, "the tensor is in two shards", "model.layers.0.w", "also in", "model-00001-of-00002"
-    )
+    refused_once(tmp_path, "the tensor is in two shards", "model.layers.0.w", "also in", "model-00001-of-00002")
 
 
 @pytest.mark.parametrize(
@@ -347,9 +332,7 @@ def test_broken_config(config: bytes, tmp_path: Path) -> None:
         ({"quantization_config": {"quant_method": "\x1b[31m"}}, ["\\x1b[31m"]),
     ],
 )
-def test_quantised_models_are_refused_by_name(
-    config: dict[str, Any], words: list[str], tmp_path: Path
-) -> None:
+def test_quantised_models_are_refused_by_name(config: dict[str, Any], words: list[str], tmp_path: Path) -> None:
     write_checkpoint(tmp_path, ARRAYS, config=config)
     refused_once(tmp_path, *words, "its numbers are codes", "quantise the result")
 
@@ -384,7 +367,5 @@ def test_opening_imports_nothing_heavy(tmp_path: Path) -> None:
         "import sys; from ggez_merge.checkpoint import open_checkpoint; open_checkpoint(sys.argv[1]);"
         "print({'torch', 'transformers', 'huggingface_hub', 'safetensors', 'numba'} & set(sys.modules))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -262,7 +262,7 @@ def example() -> Diff:
         return Change(1, 9, 9, 0, 0.1, relative**2, 1.0)
 
     groups = [Group("vision tower", "visual.blocks", i, change(0.01 * i)) for i in range(12)]
-    groups += [Group("vision tower", "visual.$x^{.global_blocks", i, change(0.02)) for i in range(3)]
+    groups += [Group("vision tower", "visual.$x^{$.global_blocks", i, change(0.02)) for i in range(3)]
     groups += [Group("language model", "model.layers", i, change(0.03)) for i in range(16)]
     groups += [Group(part, None, None, change(0.02)) for part in ("projector", "embeddings", "lm head")]
     return Diff("org/a$_", "b_$^{", tuple(groups), (), (), (), (), ())
@@ -279,7 +279,7 @@ def test_svg_names_what_it_shows(example: Diff, tmp_path: Path) -> None:
     plot(example, tmp_path / "x.svg")
     svg = (tmp_path / "x.svg").read_text()
     ElementTree.fromstring(svg)
-    for text in ("How far b_$^{ is from a$_", "language model", "vision tower (visual.$x^{.global_blocks)", "lm head"):
+    for text in ("How far b_$^{ is from a$_", "language model", "vision tower (visual.$x^{$.global_blocks)", "lm head"):
         assert f"<!-- {text} -->" in svg
 
 
@@ -290,6 +290,15 @@ def test_plots_of_layers_alone_and_of_none(layered: bool, example: Diff, tmp_pat
     svg = (tmp_path / "x.svg").read_text()
     assert ("<!-- layer -->" in svg) is layered
     assert ("<!-- outside the layers -->" in svg) is not layered
+
+
+def test_a_layer_without_a_norm_is_no_point_at_zero(example: Diff, tmp_path: Path) -> None:
+    shapes = []
+    for base_squares in (1.0, 0.0):
+        undefined = Group("other", "layers", 0, Change(1, 9, 9, 0, 0.1, 1.0, base_squares))
+        plot(Diff("a", "b", (undefined, *example.groups[:9]), (), (), (), (), ()), tmp_path / "x.svg")
+        shapes.append((tmp_path / "x.svg").read_text().count("<use "))
+    assert shapes[1] < shapes[0]
 
 
 def test_plots_that_cannot_be(example: Diff, tmp_path: Path) -> None:

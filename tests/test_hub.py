@@ -180,6 +180,15 @@ def test_download_takes_what_a_merge_needs_and_no_more(
     assert opened(tmp_path / "home", "org/name") == [commit, tensors, files, config]
 
 
+def test_weights_in_subfolders_are_not_the_model(server: tuple[str, Path, list[str]], tmp_path: Path) -> None:
+    endpoint, root, _ = server
+    write_checkpoint(root / "unet", ARRAYS)
+    (root / "model_index.json").write_text("{}")
+    assert "diffusers pipeline" in refused(tmp_path / "home", "org/name", endpoint=endpoint)
+    write_checkpoint(root, ARRAYS, base="other")
+    assert opened(tmp_path / "another home", "org/name", endpoint=endpoint)[1] == list(ARRAYS)
+
+
 def test_an_interrupted_download_is_completed(server: tuple[str, Path, list[str]], tmp_path: Path) -> None:
     endpoint, root, _ = server
     snapshot = fill_cache(tmp_path / "home", write_checkpoint(root, ARRAYS, shards=2))
