@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import yaml
 
@@ -40,7 +40,7 @@ _SCALARS = {
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}  # not the parent's
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # not the parent's
 
 
 class _Dumper(yaml.SafeDumper):
@@ -48,8 +48,8 @@ class _Dumper(yaml.SafeDumper):
 
 
 for _kind, _pattern in _SCALARS.items():
-    _Loader.add_implicit_resolver(_TAG + _kind, _pattern, None)  # type: ignore[no-untyped-call]
-    _Dumper.add_implicit_resolver(_TAG + _kind, _pattern, None)  # type: ignore[no-untyped-call]
+    _Loader.add_implicit_resolver(_TAG + _kind, _pattern, None)
+    _Dumper.add_implicit_resolver(_TAG + _kind, _pattern, None)
 
 
 @dataclass(frozen=True)
