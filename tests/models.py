@@ -1,0 +1,283 @@
+"""Tiny transformers models with random weights, saved twice: as they are, and after a small seeded change.
+
+Everything is built from configs, so no network and no downloaded weights are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as tf
+import yaml
+from safetensors.torch import load_file
+
+from ggez_merge.merge import merge
+from ggez_merge.plan import Plan, make_plan
+from ggez_merge.progress import Silent
+from ggez_merge.recipe import load_recipe
+
+IMAGE_TOKEN = 90  # below every vocabulary size used here
+TEXT = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, vocab_size=97)
+VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+
+Inputs = dict[str, torch.Tensor]
+
+
+def write_recipe(path: Path, **keys: Any) -> Path:
+    """A recipe file; `path` values may be Path objects."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(_plain(keys), sort_keys=False))
+    return path
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def run_recipe(recipe: Path, out: Path) -> Plan:
+    """Merge as the command line does, into a folder that does not exist yet."""
+    plan = make_plan(load_recipe(recipe), out)
+    merge(plan, threads=2, progress=Silent())
+    return plan
+
+
+def merged(folder: Path, **keys: Any) -> Path:
+    """The folder `folder/merged` that the recipe with these keys gives."""
+    run_recipe(write_recipe(folder / "recipe.yaml", **keys), folder / "merged")
+    return folder / "merged"
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint folder by name."""
+    weights: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        weights.update(load_file(file))
+    return weights
+
+
+def llama(**changes: Any) -> tf.PreTrainedModel:
+    """A Llama of prime-sized vocabulary and MLP, every parameter random (norms and biases too)."""
+    sizes = {**TEXT, "intermediate_size": 53, "num_hidden_layers": 4, "num_key_value_heads": 2, **changes}
+    return randomised(tf.LlamaForCausalLM(tf.LlamaConfig(**sizes)), seed=0)
+
+
+def randomised(model: tf.PreTrainedModel, seed: int) -> tf.PreTrainedModel:
+    """Spread out parameters that are all zeros or ones after initialisation, so that merging them shows."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+    return model
+
+
+def save_tuned(
+    model: tf.PreTrainedModel, folder: Path, *, seed: int, noise: float = 0.02, dtype: torch.dtype, **options: Any
+) -> Path:
+    """Save the model plus seeded noise in `dtype`; the model itself stays as it was."""
+    generator = torch.Generator().manual_seed(seed)
+    kept = [parameter.detach().clone() for parameter in model.parameters()]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(noise * torch.randn(parameter.shape, generator=generator))
+    was = model.dtype
+    model.to(dtype).save_pretrained(folder, **options)
+    model.to(was)
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), kept, strict=True):
+            parameter.copy_(value)
+    return folder
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture: how to build it, the class that loads it, what to feed it."""
+
+    build: Callable[[], tf.PreTrainedModel]
+    inputs: Callable[[], Inputs]
+
+    def load(self, folder: Path) -> tuple[tf.PreTrainedModel, dict[str, Any]]:
+        """The model that a checkpoint folder holds, and what `from_pretrained` has to say about its keys."""
+        model, info = type(self.build()).from_pretrained(folder, output_loading_info=True)
+        return model.eval(), info
+
+
+def _text(*extra: int) -> Inputs:
+    ids = torch.tensor([[1, *extra, 5, 6, 7]])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _pixels(*shape: int) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(1))
+
+
+def _siglip_vision(**changes: Any) -> dict[str, Any]:
+    return {"model_type": "siglip_vision_model", **VISION, "image_size": 28, "patch_size": 14, **changes}
+
+
+def _llama_text(**changes: Any) -> dict[str, Any]:
+    return {"model_type": "llama", **TEXT, "num_hidden_layers": 2, "num_key_value_heads": 2, **changes}
+
+
+def _gemma_text(kind: str, **changes: Any) -> dict[str, Any]:
+    return {"model_type": kind, **TEXT, "num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim": 8, **changes}
+
+
+def _qwen_config(kind: type[Any], **vision: Any) -> Any:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2], "mrope_interleaved": True}
+    if kind is not tf.Qwen3VLConfig:
+        del rope["mrope_interleaved"]
+    text = {**TEXT, "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 8, "rope_parameters": rope}
+    if kind is not tf.Qwen3VLConfig:
+        del text["head_dim"]
+    return kind(
+        text_config=text,
+        vision_config={"depth": 2, "num_heads": 2, "patch_size": 14, **vision},
+        image_token_id=IMAGE_TOKEN,
+        video_token_id=91,
+        vision_start_token_id=92,
+        vision_end_token_id=93,
+    )
+
+
+def _qwen25_vl() -> tf.PreTrainedModel:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32, "fullatt_block_indexes": [1]}
+    return tf.Qwen2_5_VLForConditionalGeneration(_qwen_config(tf.Qwen2_5_VLConfig, **sizes))
+
+
+def _qwen2_vl() -> tf.PreTrainedModel:
+    return tf.Qwen2VLForConditionalGeneration(_qwen_config(tf.Qwen2VLConfig, embed_dim=32, hidden_size=32))
+
+
+def _qwen3_vl() -> tf.PreTrainedModel:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32, "deepstack_visual_indexes": [0]}
+    config = _qwen_config(tf.Qwen3VLConfig, num_position_embeddings=16, **sizes)
+    return tf.Qwen3VLForConditionalGeneration(config)
+
+
+def _qwen_inputs() -> Inputs:
+    grid = torch.tensor([[1, 4, 4]])  # 16 patches of 2 x 3 x 14 x 14 values, merged by fours
+    inputs = _text(92, *[IMAGE_TOKEN] * 4, 93)
+    kinds = (inputs["input_ids"] == IMAGE_TOKEN).int()
+    return {**inputs, "pixel_values": _pixels(16, 1176), "image_grid_thw": grid, "mm_token_type_ids": kinds}
+
+
+def _gemma3() -> tf.PreTrainedModel:
+    config = tf.Gemma3Config(
+        text_config=_gemma_text("gemma3_text"),
+        vision_config=_siglip_vision(vision_use_head=False),
+        mm_tokens_per_image=4,
+        image_token_index=IMAGE_TOKEN,
+        boi_token_index=92,
+        eoi_token_index=93,
+    )
+    return tf.Gemma3ForConditionalGeneration(config)
+
+
+def _gemma3_inputs() -> Inputs:
+    inputs = _text(92, *[IMAGE_TOKEN] * 4, 93)
+    kinds = (inputs["input_ids"] == IMAGE_TOKEN).int()
+    return {**inputs, "pixel_values": _pixels(1, 3, 28, 28), "token_type_ids": kinds}
+
+
+def _llava() -> tf.PreTrainedModel:
+    vision = {"model_type": "clip_vision_model", **VISION, "image_size": 28, "patch_size": 14, "projection_dim": 32}
+    config = tf.LlavaConfig(
+        vision_config=vision, text_config=_llama_text(), image_token_index=IMAGE_TOKEN, vision_feature_layer=-1
+    )
+    return tf.LlavaForConditionalGeneration(config)
+
+
+def _image_text_inputs() -> Inputs:
+    return {**_text(*[IMAGE_TOKEN] * 4), "pixel_values": _pixels(1, 3, 28, 28)}
+
+
+def _paligemma() -> tf.PreTrainedModel:
+    config = tf.PaliGemmaConfig(
+        vision_config=_siglip_vision(projection_dim=32, vision_use_head=False),
+        text_config=_gemma_text("gemma"),
+        image_token_index=IMAGE_TOKEN,
+        projection_dim=32,
+        hidden_size=32,
+    )
+    return tf.PaliGemmaForConditionalGeneration(config)
+
+
+def _idefics3() -> tf.PreTrainedModel:
+    config = tf.Idefics3Config(
+        vision_config={**VISION, "image_size": 28, "patch_size": 14},
+        text_config=_llama_text(pad_token_id=0),
+        image_token_id=IMAGE_TOKEN,
+        scale_factor=2,
+    )
+    return tf.Idefics3ForConditionalGeneration(config)
+
+
+def _idefics3_inputs() -> Inputs:
+    return {**_text(IMAGE_TOKEN), "pixel_values": _pixels(1, 1, 3, 28, 28)}
+
+
+def _mistral3() -> tf.PreTrainedModel:
+    config = tf.Mistral3Config(
+        vision_config={"model_type": "pixtral", **VISION, "image_size": 28, "patch_size": 14},
+        text_config={"model_type": "mistral", **TEXT, "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 8},
+        image_token_index=IMAGE_TOKEN,
+        spatial_merge_size=2,
+        vision_feature_layer=-1,
+    )
+    return tf.Mistral3ForConditionalGeneration(config)
+
+
+def _mistral3_inputs() -> Inputs:
+    inputs = {**_text(IMAGE_TOKEN, IMAGE_TOKEN), "pixel_values": _pixels(1, 3, 28, 56)}
+    return {**inputs, "image_sizes": torch.tensor([[28, 56]])}
+
+
+def _siglip() -> tf.PreTrainedModel:
+    text = {**VISION, "vocab_size": 97, "max_position_embeddings": 16}
+    vision = {**VISION, "image_size": 28, "patch_size": 14}
+    return tf.SiglipModel(tf.SiglipConfig(text_config=text, vision_config=vision))
+
+
+def _clip() -> tf.PreTrainedModel:
+    text = {**VISION, "vocab_size": 97, "max_position_embeddings": 16, "eos_token_id": 7}
+    vision = {**VISION, "image_size": 28, "patch_size": 14}
+    return tf.CLIPModel(tf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=24))
+
+
+def _dual_inputs() -> Inputs:
+    return {**_text(), "pixel_values": _pixels(1, 3, 28, 28)}
+
+
+def _mt5() -> tf.PreTrainedModel:
+    config = tf.MT5Config(
+        vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    return tf.MT5ForConditionalGeneration(config)
+
+
+def _mt5_inputs() -> Inputs:
+    return {**_text(), "decoder_input_ids": torch.tensor([[0, 3, 4]])}
+
+
+FAMILIES = {
+    "qwen2_vl": Family(_qwen2_vl, _qwen_inputs),
+    "qwen2_5_vl": Family(_qwen25_vl, _qwen_inputs),
+    "qwen3_vl": Family(_qwen3_vl, _qwen_inputs),
+    "gemma3": Family(_gemma3, _gemma3_inputs),
+    "llava": Family(_llava, _image_text_inputs),
+    "paligemma": Family(_paligemma, _image_text_inputs),
+    "idefics3": Family(_idefics3, _idefics3_inputs),
+    "mistral3": Family(_mistral3, _mistral3_inputs),
+    "siglip": Family(_siglip, _dual_inputs),
+    "clip": Family(_clip, _dual_inputs),
+    "llama": Family(llama, _text),
+    "mt5": Family(_mt5, _mt5_inputs),
+}
