@@ -119,7 +119,7 @@ def diff(
     a: Checkpoint,
     b: Checkpoint,
     *,
-    memory_bytes: int = 64_000_000,
+    memory_bytes: int = 8_000_000,
     advance: Callable[[int], None] = lambda n_bytes: None,
 ) -> Diff:
     """Compare all tensors that a and b have in common, in chunks that need at most about `memory_bytes`.
