@@ -7,6 +7,7 @@ job, as 1-D arrays). It never sees files, blocks or threads: `measure` says whic
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -155,6 +156,14 @@ NORMALIZE_ON = Parameter("flag", default=True)
 NORMALIZE_OFF = Parameter("flag", default=False)
 LAMBDA = Parameter(default=1.0)
 INT8_MASK = Parameter("flag", default=False)  # mergekit's; chooses the dtype of a temporary there, changes no result
+
+
+def summed(partials: Sequence[float]) -> float:
+    """Their sum, rounded once; NaN where it has none (an overflow, infinities of both signs)."""
+    try:
+        return math.fsum(partials)
+    except (OverflowError, ValueError):
+        return math.nan
 
 
 def normalised(weights: Sequence[float], normalize: bool) -> list[float]:

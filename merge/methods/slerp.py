@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from ggez_kernels.sparsify import Stats
-from ggez_merge.methods.method import Apply, Array, Job, Kernels, Measurement, Method, Parameter, Sweep, Tile
+from ggez_merge.methods.method import Apply, Array, Job, Kernels, Measurement, Method, Parameter, Sweep, Tile, summed
 
 NEARLY_PARALLEL = 0.9995
 NO_LENGTH = 1e-8
@@ -32,7 +32,7 @@ def _measure(kernels: Kernels, jobs: Sequence[Job]) -> Measurement:
     cosines = []
     for index in range(len(jobs)):
         chunks = [chunk for job, gram in partials if job == index for chunk in gram]
-        aa, ac, cc = (math.fsum(chunk[i, j] for chunk in chunks) for i, j in ((0, 0), (0, 1), (1, 1)))
+        aa, ac, cc = (summed([chunk[i, j] for chunk in chunks]) for i, j in ((0, 0), (0, 1), (1, 1)))
         lengths = [length if length > NO_LENGTH else 1.0 for length in (math.sqrt(aa), math.sqrt(cc))]
         cosines.append(max(-1.0, min(1.0, ac / (lengths[0] * lengths[1]))))
     return cosines

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ggez_kernels.sparsify import KEEP_ALL_LAST, Sparsify
-from ggez_merge.methods.method import Kernels, Sweep, Tile
+from ggez_merge.methods.method import Kernels, Sweep, Tile, summed
 
 HIGH_BITS, LOW_BITS = 15, 16
 ABOVE_ALL = 0x7FFFFFFF  # no finite magnitude has more bits set
@@ -122,7 +122,7 @@ def match_l1(kernels: Kernels, sparsified: list[list[Sparsify]]) -> Generator[Sw
 
     def factor(job: int, m: int) -> float:
         parts = [models[m] for index, models in partials if index == job]
-        before, after = (math.fsum(value for part in parts for value in part[side]) for side in (0, 1))
+        before, after = (summed([value for part in parts for value in part[side]]) for side in (0, 1))
         return before / after if 1e-7 <= before < math.inf and 1e-7 <= after < math.inf else 1.0
 
     return [
