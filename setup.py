@@ -61,7 +61,7 @@ setup(
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     # The code is Apache-2.0; the demo's pictures and names have their own licences: recipes/emoji/README.md.
-    license="Apache-2.0 AND CC-BY-4.0 AND Unicode-3.0",
+    license_expression="Apache-2.0 AND CC-BY-4.0 AND Unicode-3.0",
     license_files=["LICENSE", "recipes/emoji/LICENSE-UNICODE.txt"],
     python_requires=">=3.10",
     classifiers=[
