@@ -8,7 +8,6 @@ from setuptools import setup
 HERE = Path(__file__).parent
 VERSION_LINE = re.search(r'^__version__ = "([^"]+)"', (HERE / "merge/__init__.py").read_text(), re.MULTILINE)
 assert VERSION_LINE, "merge/__init__.py must hold one line of the form: __version__ = ..."
-README = HERE / "README.md"
 
 # numba and torch publish wheels for these platforms only; elsewhere pip would try to compile them and fail.
 HAS_WHEELS = (
@@ -58,7 +57,7 @@ setup(
     name="ggez-merge",
     version=VERSION_LINE.group(1),
     description="Merge a global vision-language model with its region-tuned copies, at the speed of the disk",
-    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     # The code is Apache-2.0; the demo's pictures and names have their own licences: recipes/emoji/README.md.
     license_expression="Apache-2.0 AND CC-BY-4.0 AND Unicode-3.0",
