@@ -10,6 +10,8 @@ from ggez_merge.run import HASH_BUFFER_BYTES, Sizing
 from ggez_merge.summary import groups
 from ggez_merge.units import readable_bytes
 
+PROGRAM_BYTES = 150_000_000  # Python, numpy and the compiled kernels, as measured; buffers come on top
+
 
 def describe(plan: Plan, size: Sizing, copy_code: bool) -> dict[str, Any]:
     """The plan as plain data (bytes and counts as numbers), the content of `--dry-run --json`."""
@@ -45,8 +47,9 @@ def describe(plan: Plan, size: Sizing, copy_code: bool) -> dict[str, Any]:
         "shards": [{"file": shard.name, "bytes": shard.size} for shard in plan.shards],
         "files_carried": carried_files(plan.layout, copy_code),
         "read_bytes": plan.read_bytes,
+        "measure_bytes": plan.measure_bytes,
         "write_bytes": plan.write_bytes,
-        "buffer_bytes": size.threads * size.arena_bytes + HASH_BUFFER_BYTES,
+        "peak_memory_bytes": size.threads * size.arena_bytes + HASH_BUFFER_BYTES + PROGRAM_BYTES,
         "threads": size.threads,
         "block_bytes": size.block_bytes,
         "free_bytes": free_bytes(plan.folder),
@@ -87,11 +90,12 @@ def show(said: dict[str, Any]) -> None:
     console.print(table)
     shards = said["shards"]
     names = shards[0]["file"] if len(shards) == 1 else f"{shards[0]['file']} … ({len(shards)} shards)"
+    measuring = f", after {readable_bytes(said['measure_bytes'])} for measuring" if said["measure_bytes"] else ""
     lines = [
         ("writes", f"{readable_bytes(said['write_bytes'])} as {' '.join(said['dtypes'])}: {names}"),
-        ("reads", readable_bytes(said["read_bytes"])),
+        ("reads", readable_bytes(said["read_bytes"]) + measuring),
         ("carries", ", ".join(said["files_carried"]) or "no files besides the weights"),
-        ("memory", f"{readable_bytes(said['buffer_bytes'])} of buffers at most, {said['threads']} threads"),
+        ("memory", f"{readable_bytes(said['peak_memory_bytes'])} at most, {said['threads']} threads"),
         ("free disk", readable_bytes(said["free_bytes"])),
         *(("note", note) for note in said["notes"]),
     ]

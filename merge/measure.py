@@ -1,15 +1,16 @@
 """The first step of a merge: the reductions a method asks for, over tiles that fit the memory budget.
 
 A tensor whose inputs fit a worker's arena is read once, however many sweeps its measurement takes, and different
-tensors are measured by different workers. A larger one (or the whole model, when the method measures all of it
-together) is swept tile by tile, its tiles shared by all workers. Either way the sums are the same.
+tensors are measured by different workers. One that fits all arenas together is read once too, spread over all
+workers. A larger one (or the whole model, when the method measures all of it together) is read anew for every
+sweep, tile by tile. The sums are the same in all three cases.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from ggez_merge.methods.method import Job, Kernels, Measurement, Method, Sweep, Tile
 from ggez_merge.outputs import Output
-from ggez_merge.read import NUMPY_DTYPE, Arena, Files
+from ggez_merge.read import ALIGNMENT, NUMPY_DTYPE, Arena, Files
 
 CHUNK = 1 << 16  # elements; tiles start at its multiples, so that sums of floats do not depend on the tiling
 
@@ -33,123 +34,134 @@ class Piece:
 
 @dataclass(frozen=True)
 class Bench:
-    """What measuring needs from the run: kernels, files, workers, arenas, and somebody to tell about progress."""
+    """What measuring needs from the run: kernels, files, workers with an arena each, and somebody to tell."""
 
     kernels: Kernels
     files: Files
     executor: Executor
-    lend_arena: Callable[[], Any]  # a context manager that gives an Arena
+    n_workers: int
     arena_bytes: int
+    lend_arena: Callable[[], AbstractContextManager[Arena]]
     advance: Callable[[int], None]
     wait: Callable[[Sequence[Future[Any]]], list[Any]]  # results in order; raises what went wrong
 
 
 def measure(method: Method, outputs: Sequence[Output], bench: Bench) -> list[Any]:
     """What the method measured for each merged output (None for the others)."""
-    merged = [(index, output, output.job) for index, output in enumerate(outputs) if output.job is not None]
-    together = [entry for entry in merged if method.measures_together(entry[2])]
-    alone = [[entry] for entry in merged if not method.measures_together(entry[2])]
+    if method.measure is None:
+        return [None] * len(outputs)
+    merged = [(index, output.job) for index, output in enumerate(outputs) if output.job is not None]
+    groups = [[entry] for entry in merged if not method.measures_together(entry[1])]
+    groups.append([entry for entry in merged if method.measures_together(entry[1])])
     measured: list[Any] = [None] * len(outputs)
-    small: list[tuple[list[tuple[int, Output, Job]], Future[list[Any]]]] = []
-    large = []
-    for group in [together, *alone] if together else alone:
-        measurement = method.measure(bench.kernels, [job for _, _, job in group])
-        if measurement is None:
-            continue
-        pieces = _pieces([output for _, output, _ in group], bench.arena_bytes)
-        if len(pieces) == 1:
-            small.append((group, bench.executor.submit(_measure_resident, group[0][1], measurement, pieces[0], bench)))
-        else:
-            large.append((group, measurement, pieces))
-    for group, measurement, pieces in large:
-        _store(measured, group, _measure_swept([output for _, output, _ in group], measurement, pieces, bench))
-    results = bench.wait([future for _, future in small])
-    for (group, _), result in zip(small, results, strict=True):
-        _store(measured, group, result)
+    alone: list[tuple[list[int], Future[list[Any]]]] = []
+    for by_itself in (False, True):  # the tensors that take all workers first: they take all arenas too
+        for group in filter(None, groups):
+            members = [index for index, _ in group]
+            pieces = _pieces([outputs[index] for index in members], bench)
+            if (len(pieces) == 1) != by_itself:
+                continue
+            jobs = [job for _, job in group]
+            if by_itself:
+                alone.append(
+                    (members, bench.executor.submit(_measure, method, jobs, [outputs[members[0]]], pieces, bench))
+                )
+            else:
+                results = _measure(method, jobs, [outputs[index] for index in members], pieces, bench)
+                _store(measured, members, results)
+    for (members, _), results in zip(alone, bench.wait([future for _, future in alone]), strict=True):
+        _store(measured, members, results)
     return measured
 
 
-def _store(measured: list[Any], group: Sequence[tuple[int, Output, Job]], results: Sequence[Any]) -> None:
-    for (index, _, _), result in zip(group, results, strict=True):
+def _store(measured: list[Any], members: Sequence[int], results: Sequence[Any]) -> None:
+    for index, result in zip(members, results, strict=True):
         measured[index] = result
 
 
-def _pieces(outputs: Sequence[Output], arena_bytes: int) -> list[Piece]:
+def _pieces(outputs: Sequence[Output], bench: Bench) -> list[Piece]:
+    """A group cut into tiles: one if it fits an arena, one a worker if it fits them all, else as large as fit."""
     pieces = []
     for job, output in enumerate(outputs):
-        n = output.job.n if output.job else 0
-        width = sum(NUMPY_DTYPE[tensor.dtype].itemsize for tensor in output.inputs)
-        room = max(1, (arena_bytes - (len(output.inputs) + 1) * 4096) // (width * CHUNK)) * CHUNK
-        pieces += [Piece(job, start, min(room, n - start)) for start in range(0, n, room)] or [Piece(job, 0, 0)]
+        n = output.models[0].numel
+        room = max(1, (bench.arena_bytes - (len(output.inputs) + 1) * ALIGNMENT) // (_width(output) * CHUNK)) * CHUNK
+        fair = -(-n // (bench.n_workers * CHUNK)) * CHUNK
+        size = fair if room < n <= bench.n_workers * room else room
+        pieces += [Piece(job, start, min(size, n - start)) for start in range(0, n, size)] or [Piece(job, 0, 0)]
     return pieces
 
 
-def _load(output: Output, piece: Piece, arena: Arena, files: Files) -> Tile:
-    widths = [NUMPY_DTYPE[tensor.dtype].itemsize for tensor in output.inputs]
-    views = arena.carve([piece.n * width for width in widths])
-    for tensor, width, view in zip(output.inputs, widths, views, strict=True):
-        files.read(tensor, piece.start * width, view)
-    arrays = [np.frombuffer(view, NUMPY_DTYPE[x.dtype]) for x, view in zip(output.inputs, views, strict=True)]
-    return Tile(piece.job, piece.start, arrays[0] if output.base else None, arrays[1:] if output.base else arrays)
+def _width(output: Output) -> int:
+    """Bytes of one element of all inputs."""
+    return sum(NUMPY_DTYPE[tensor.dtype].itemsize for tensor in output.inputs)
 
 
-def _measure_resident(output: Output, measurement: Measurement, piece: Piece, bench: Bench) -> list[Any]:
-    """All sweeps over a single tile, read when the first sweep wants it."""
-    with bench.lend_arena() as arena:
-        tile: Tile | None = None
+class _Desk:
+    """One worker's place: an arena, the pieces it is responsible for, and the tile that lies there right now."""
+
+    def __init__(self, arena: Arena, pieces: Sequence[Piece], outputs: Sequence[Output], bench: Bench) -> None:
+        self._arena = arena
+        self._pieces = pieces
+        self._outputs = outputs
+        self._bench = bench
+        self._held: tuple[Piece, Tile] | None = None
+        self._unread = set(pieces)  # progress counts every piece once
+
+    def sweep(self, sweep: Sweep) -> Any:
+        """The sum of the sweep over this worker's tiles; None if none of them is wanted."""
+        total = None
+        for piece in self._pieces:
+            if sweep.only in (None, (piece.job, piece.start)):
+                part = sweep.function(self._tile(piece))
+                total = part if total is None else total + part
+        return total
+
+    def close(self) -> None:
+        """Count what no sweep wanted as done."""
+        self._bench.advance(sum(piece.n * _width(self._outputs[piece.job]) for piece in self._unread))
+
+    def _tile(self, piece: Piece) -> Tile:
+        if self._held is None or self._held[0] != piece:
+            self._held = piece, self._load(piece)
+            if piece in self._unread:
+                self._unread.remove(piece)
+                self._bench.advance(piece.n * _width(self._outputs[piece.job]))
+        return self._held[1]
+
+    def _load(self, piece: Piece) -> Tile:
+        output = self._outputs[piece.job]
+        dtypes = [NUMPY_DTYPE[tensor.dtype] for tensor in output.inputs]
+        views = self._arena.carve([piece.n * dtype.itemsize for dtype in dtypes])
+        for tensor, dtype, view in zip(output.inputs, dtypes, views, strict=True):
+            self._bench.files.read(tensor, piece.start * dtype.itemsize, view)
+        arrays = [np.frombuffer(view, dtype) for dtype, view in zip(dtypes, views, strict=True)]
+        return Tile(piece.job, piece.start, arrays[0] if output.base else None, arrays[1:] if output.base else arrays)
+
+
+def _measure(
+    method: Method, jobs: Sequence[Job], outputs: Sequence[Output], pieces: Sequence[Piece], bench: Bench
+) -> list[Any]:
+    """Answer the sweeps of one group's measurement: a single piece here and now, several by all workers."""
+    measurement: Measurement | None = method.measure(bench.kernels, jobs) if method.measure else None
+    if measurement is None:
+        return [None] * len(jobs)
+    n_desks = min(len(pieces), bench.n_workers)
+    with ExitStack() as held:
+        arenas = [held.enter_context(bench.lend_arena()) for _ in range(n_desks)]
+        desks = [_Desk(arena, pieces[i::n_desks], outputs, bench) for i, arena in enumerate(arenas)]
         answer: Any = None
         while True:
             try:
                 sweep = measurement.send(answer)
             except StopIteration as done:
-                bench.advance(sum(tensor.nbytes for tensor in output.inputs))
+                for desk in desks:
+                    desk.close()
                 return list(done.value)
-            if tile is None:
-                tile = _load(output, piece, arena, bench.files)
-            answer = sweep.function(tile)
-
-
-def _measure_swept(
-    outputs: Sequence[Output], measurement: Measurement, pieces: Sequence[Piece], bench: Bench
-) -> list[Any]:
-    """Sweeps over many tiles, each sweep's tiles shared by all workers. Only the first sweep counts as progress."""
-    answer: Any = None
-    for number in itertools.count():
-        try:
-            sweep = measurement.send(answer)
-        except StopIteration as done:
-            if number == 0:
-                bench.advance(sum(tensor.nbytes for output in outputs for tensor in output.inputs))
-            return list(done.value)
-        chosen = [p for p in pieces if sweep.only in (None, (p.job, p.start))]
-        answer = _swept(outputs, sweep, chosen, bench, counts=number == 0)
-    raise AssertionError("unreachable")
-
-
-def _swept(outputs: Sequence[Output], sweep: Sweep, pieces: Sequence[Piece], bench: Bench, counts: bool) -> Any:
-    """The sum of one sweep over its tiles: each worker adds up its own share, then the shares are added."""
-    waiting: Iterator[Piece] = iter(pieces)
-
-    def share() -> Any:
-        total = None
-        with bench.lend_arena() as arena:
-            for piece in waiting_safely():
-                tile = _load(outputs[piece.job], piece, arena, bench.files)
-                part = sweep.function(tile)
-                total = part if total is None else total + part
-                if counts:
-                    bench.advance(piece.n * sum(NUMPY_DTYPE[x.dtype].itemsize for x in outputs[piece.job].inputs))
-        return total
-
-    def waiting_safely() -> Iterator[Piece]:
-        # next() on a list's iterator is atomic, so workers may share it
-        while (piece := next(waiting, None)) is not None:
-            yield piece
-
-    workers = getattr(bench.executor, "_max_workers", 1)
-    shares = bench.wait([bench.executor.submit(share) for _ in range(min(workers, len(pieces)))])
-    kept = [share for share in shares if share is not None]
-    total = kept[0]
-    for other in kept[1:]:
-        total = total + other
-    return total
+            if len(desks) == 1:
+                answer = desks[0].sweep(sweep)
+                continue
+            parts = bench.wait([bench.executor.submit(desk.sweep, sweep) for desk in desks])
+            parts = [part for part in parts if part is not None]
+            answer = parts[0]
+            for part in parts[1:]:
+                answer = answer + part

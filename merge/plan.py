@@ -52,8 +52,15 @@ class Plan:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes that combining reads; what measuring reads comes on top (see `measured`)."""
+        """Bytes that combining reads."""
         return sum(tensor.nbytes for output in self.outputs for tensor in output.inputs)
+
+    @property
+    def measure_bytes(self) -> int:
+        """Bytes that measuring reads before, as long as tensors fit the memory budget."""
+        if self.method.measure is None:
+            return 0
+        return sum(tensor.nbytes for output in self.outputs if output.job for tensor in output.inputs)
 
     @property
     def n_inputs(self) -> int:

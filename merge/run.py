@@ -184,16 +184,16 @@ class _Run:
 
     def _measure(self) -> list[Apply | None]:
         method = self.plan.method
-        total = sum(tensor.nbytes for output in self.plan.outputs if output.job for tensor in output.inputs)
-        self.progress.phase("measuring", total)
+        self.progress.phase("measuring", self.plan.measure_bytes)
         bench = Bench(
-            self.kernels,
-            self.files,
-            self.executor,
-            self._lend,
-            self.size.arena_bytes,
-            self._advance,
-            self._wait,
+            kernels=self.kernels,
+            files=self.files,
+            executor=self.executor,
+            n_workers=self.size.threads,
+            arena_bytes=self.size.arena_bytes,
+            lend_arena=self._lend,
+            advance=self._advance,
+            wait=self._wait,
         )
         measured = measure(method, self.plan.outputs, bench)
         return [
