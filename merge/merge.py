@@ -12,7 +12,7 @@ from ggez_merge.plan import Plan
 from ggez_merge.provenance import model_card, report, report_bytes
 from ggez_merge.run import Outcome, Progress, Stop, run, sizing
 from ggez_merge.shards import index_json
-from ggez_merge.write import REPORT, Staging, finished_before, stage
+from ggez_merge.write import REPORT, Staging, finished_before, stage, tidy
 
 DEFAULT_MEMORY_BYTES = 256 << 20
 
@@ -35,6 +35,7 @@ def merge(
     last two the work done so far stays beside the output and `resume` takes it up.
     """
     if resume and finished_before(plan.folder, plan.fingerprint):
+        tidy(plan.folder)
         return None
     size = sizing(plan, threads, memory_bytes)
     staging = stage(plan.folder, plan.fingerprint, resume=resume, overwrite=overwrite)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -83,6 +84,8 @@ class Plan:
             "version": __version__,
             "method": self.method.name,
             "nonfinite": self.recipe.nonfinite,
+            "config": self.config,
+            "chat_template": self.recipe.chat_template,
             "inputs": [
                 [str(file.path), file.size, file.mtime_ns, file.header_hash]
                 for checkpoint in self.checkpoints
@@ -246,5 +249,5 @@ def _stem(layout: Checkpoint) -> str:
 
 def free_bytes(folder: Path) -> int:
     """Free bytes on the disk that holds (or will hold) the folder."""
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    existing = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
     return shutil.disk_usage(existing).free

@@ -230,7 +230,7 @@ class _Run:
         with self._lend() as arena:
             (view,) = arena.carve([self.size.block_bytes])
             for number, writer in enumerate(self.writers):
-                records = latest(self.staging.records, number)
+                records = latest(self.staging.records, number, len(writer.shard.header))
                 if records and writer.resume(records[-1]["bytes"], records[-1]["blake3"], view):
                     for record in records:
                         for index, squares in record["deltas"]:
@@ -257,10 +257,14 @@ class _Run:
                 seen.append((span.output, list(stats.delta_squares)))
         if not self.spoilt:
             writer.write(out if writer.direct else out[: block.nbytes], block.offset)
-        digest = writer.hash_in_turn(out[: block.nbytes], block.offset, self.stop.event)
-        if digest is not None and not self.spoilt:
-            end = block.offset + block.nbytes
-            self.staging.record({"shard": block.shard, "bytes": end, "blake3": digest, "deltas": seen})
+
+        def note(digest: str) -> None:
+            if not self.spoilt:
+                end = block.offset + block.nbytes
+                entry = {"shard": block.shard, "from": block.offset, "bytes": end, "blake3": digest, "deltas": seen}
+                self.staging.record(entry)
+
+        writer.hash_in_turn(out[: block.nbytes], block.offset, self.stop.event, note)
         self._advance(block.nbytes)
 
     def _tile(self, span: Span, out: memoryview, arena: Arena, taken: int) -> Stats | None:

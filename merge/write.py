@@ -19,7 +19,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from ggez_merge.read import Arena, align, read_exactly
 from ggez_merge.shards import Shard
 
 REPORT = "merge_report.json"
+JOURNAL = "journal.jsonl"
 PROBE_BYTES = 64 << 20
 WORTH_PROBING_BYTES = 1 << 30
 O_DIRECT = getattr(os, "O_DIRECT", 0)
@@ -75,17 +76,22 @@ class ShardWriter:
         except OSError as error:
             raise _write_error(self.path, error) from error
 
-    def hash_in_turn(self, view: memoryview, offset: int, stop: threading.Event) -> str | None:
-        """Wait until everything before `offset` is hashed, then add `view`; the digest so far, or None if stopped."""
+    def hash_in_turn(
+        self, view: memoryview, offset: int, stop: threading.Event, then: Callable[[str], None]
+    ) -> None:
+        """Wait until everything before `offset` is hashed, add `view`, and call `then` with the digest so far.
+
+        That still happens in turn: the journal names the spans of a shard in order. If stopped, nothing happens.
+        """
         with self._turn:
             while self.hashed != offset:
                 if stop.is_set():
-                    return None
+                    return
                 self._turn.wait(0.1)
             self._hasher.update(view)
             self.hashed += len(view)
             self._turn.notify_all()
-            return self._hasher.hexdigest()
+            then(self._hasher.hexdigest())
 
     def finish(self, arena: Arena) -> str:
         """Write the header, cut the file to its size, bring it to the disk; the hash of the whole file."""
@@ -111,17 +117,27 @@ class Staging:
     folder: Path  # the final name
     partial: Path
     records: list[dict[str, Any]]  # what the journal of an interrupted run says, per shard the latest last
-    _journal: int
+    journal: int  # its open file, which holds the lock
     _lock: threading.Lock
 
     @property
     def checkpoint(self) -> Path:
         return self.partial / "checkpoint"
 
+    @property
+    def replaced(self) -> Path:
+        """Where the output that is replaced waits for the new one to have its name."""
+        return self.partial / "replaced"
+
     def record(self, entry: dict[str, Any]) -> None:
         """Append one line to the journal."""
+        line = _signed(json.dumps(entry).encode())
         with self._lock:
-            os.write(self._journal, (json.dumps(entry) + "\n").encode())
+            try:
+                while line:
+                    line = line[os.write(self.journal, line) :]
+            except OSError as error:
+                raise _write_error(self.partial / JOURNAL, error) from error
 
     def write_file(self, name: str, content: bytes) -> None:
         """A small file of the checkpoint, on disk when this returns."""
@@ -138,75 +154,94 @@ class Staging:
 
     def commit(self) -> None:
         """Give the checkpoint its final name. What it replaces is removed only afterwards."""
-        replaced = self.partial / "replaced"
         _sync_folder(self.checkpoint)
-        if self.folder.exists():
-            os.rename(self.folder, replaced)
-        os.rename(self.checkpoint, self.folder)
+        try:
+            if self.folder.exists():
+                os.rename(self.folder, self.replaced)
+            os.rename(self.checkpoint, self.folder)
+        except OSError as error:
+            raise _write_error(self.folder, error) from error
         _sync_folder(self.folder.parent)
-        self.close()
-        shutil.rmtree(self.partial)
+        self.discard()
 
     def discard(self) -> None:
-        """Remove everything: this merge cannot be completed as it is."""
+        """Remove everything but the output."""
+        shutil.rmtree(self.partial, ignore_errors=True)  # while the lock is held
         self.close()
-        shutil.rmtree(self.partial, ignore_errors=True)
+        if os.name == "nt":  # Windows deletes no open file
+            shutil.rmtree(self.partial, ignore_errors=True)
 
     def close(self) -> None:
-        if self._journal >= 0:
-            os.close(self._journal)
-            self._journal = -1
+        if self.journal >= 0:
+            os.close(self.journal)
+            self.journal = -1
 
 
 def stage(folder: Path, fingerprint: str, *, resume: bool, overwrite: bool) -> Staging:
     """Make (or find again) the folder to work in; Refused if something is there that must not be touched."""
-    partial = folder.with_name(folder.name + ".partial")
-    journal = partial / "journal.jsonl"
-    if not folder.exists() and (partial / "replaced").exists():  # killed between the two renames of a commit
-        os.rename(partial / "replaced", folder)
-    _check_output(folder, overwrite)
-    if partial.exists() and not (resume or overwrite):
+    partial = _partial(folder)
+    waiting = os.path.exists(partial)
+    if not waiting:
+        _check_output(folder, overwrite)
+    staging = Staging(folder, partial, [], _lock(partial), threading.Lock())
+    try:
+        _prepare(staging, fingerprint, resume=resume, overwrite=overwrite, waiting=waiting)
+    except OSError as error:
+        staging.close()
+        raise _write_error(partial, error) from error
+    except BaseException:
+        staging.close()
+        raise
+    return staging
+
+
+def _prepare(staging: Staging, fingerprint: str, *, resume: bool, overwrite: bool, waiting: bool) -> None:
+    """Take up what an earlier run left, or clear it away."""
+    if staging.replaced.exists() and not staging.folder.exists():  # killed between the two renames of a commit
+        os.rename(staging.replaced, staging.folder)
+    lines, whole_bytes = _journal_lines(staging.partial / JOURNAL)
+    continued = resume and bool(lines)
+    if continued and lines[0].get("fingerprint") != fingerprint:
+        raise Refused(
+            Problem(
+                "the interrupted merge was another one: the recipe or an input has changed since",
+                place=str(staging.partial),
+                remedy="start again with --overwrite, or write elsewhere with --out",
+            )
+        )
+    overwrite = overwrite or (continued and bool(lines[0].get("overwrite")))
+    _check_output(staging.folder, overwrite)
+    if waiting and not (resume or overwrite):
         raise Refused(
             Problem(
                 "an interrupted merge is waiting here",
-                place=str(partial),
+                place=str(staging.partial),
                 remedy="continue it with --resume, or start again with --overwrite",
             )
         )
-    records: list[dict[str, Any]] = []
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(journal, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-    except OSError as error:
-        raise _write_error(partial, error) from error
-    _lock_or_refuse(descriptor, partial)
-    staging = Staging(folder, partial, records, descriptor, threading.Lock())
-    lines, whole_bytes = _journal_lines(journal)
-    if resume and lines:
-        if lines[0].get("fingerprint") != fingerprint:
-            staging.close()
-            raise Refused(
-                Problem(
-                    "the interrupted merge was another one: the recipe or an input has changed since",
-                    place=str(partial),
-                    remedy="start again with --overwrite, or write elsewhere with --out",
-                )
-            )
-        os.ftruncate(descriptor, whole_bytes)
-        records.extend(lines[1:])
+    shutil.rmtree(staging.replaced, ignore_errors=True)
+    if continued:
+        os.ftruncate(staging.journal, whole_bytes)
+        staging.records.extend(lines[1:])
     else:
         shutil.rmtree(staging.checkpoint, ignore_errors=True)
-        os.ftruncate(descriptor, 0)
-        staging.record({"fingerprint": fingerprint})
+        os.ftruncate(staging.journal, 0)
+        staging.record({"fingerprint": fingerprint, "overwrite": overwrite})
     staging.checkpoint.mkdir(exist_ok=True)
-    return staging
+
+
+def tidy(folder: Path) -> None:
+    """Remove what a merge has left behind that was killed after it had given the output its name."""
+    partial = _partial(folder)
+    if partial.exists() and not (partial / "checkpoint").exists():
+        Staging(folder, partial, [], _lock(partial), threading.Lock()).discard()
 
 
 def finished_before(folder: Path, fingerprint: str) -> bool:
     """Whether the output folder already holds the complete result of exactly this merge."""
     try:
         report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(report, dict) and report.get("fingerprint") == fingerprint
 
@@ -225,6 +260,7 @@ def prefers_direct(folder: Path, total_bytes: int) -> bool:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | (O_DIRECT if direct else 0), 0o666)
         except OSError:
+            path.unlink(missing_ok=True)  # some file systems make the file before they refuse to open it
             return False
         try:
             _preallocate(descriptor, PROBE_BYTES)
@@ -242,7 +278,7 @@ def prefers_direct(folder: Path, total_bytes: int) -> bool:
 
 
 def _check_output(folder: Path, overwrite: bool) -> None:
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
         return
     ours = (folder / REPORT).is_file()
     if overwrite and ours:
@@ -258,34 +294,49 @@ def _check_output(folder: Path, overwrite: bool) -> None:
     )
 
 
+def _partial(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".partial")
+
+
+def _signed(entry: bytes) -> bytes:
+    """A line of the journal: it begins with a hash of itself, so that damage shows."""
+    return blake3(entry).hexdigest(8).encode() + b" " + entry + b"\n"
+
+
 def _journal_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The journal's whole lines and the bytes they take: a killed run may have cut the last one."""
+    """The journal's intact lines up to the first that is not (a killed run may have cut it), and their bytes."""
     entries: list[dict[str, Any]] = []
     taken = 0
     for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            entry = json.loads(line)
-        except ValueError:
+        entry = line[17:-1]
+        if line != _signed(entry):
             break
-        if not isinstance(entry, dict) or not line.endswith(b"\n"):
-            break
-        entries.append(entry)
+        entries.append(json.loads(entry))
         taken += len(line)
     return entries, taken
 
 
-def _lock_or_refuse(descriptor: int, partial: Path) -> None:
+def _lock(partial: Path) -> int:
+    """The opened journal, made if need be; Refused if another process holds it."""
+    journal = partial / JOURNAL
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(journal, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
+    except OSError as error:
+        raise _write_error(partial, error) from error
     try:
         import fcntl
     except ImportError:  # Windows: the open file itself keeps others from deleting it
-        return
+        return descriptor
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.stat(journal)  # gone if another process has just finished
     except OSError:
         os.close(descriptor)
         raise Refused(
             Problem("another process is writing this output", place=str(partial), remedy="wait for it, or stop it")
         ) from None
+    return descriptor
 
 
 def _create(path: Path, direct: bool) -> int:
@@ -334,12 +385,13 @@ def _sync_folder(path: Path) -> None:
             os.close(descriptor)
 
 
-def latest(records: Sequence[dict[str, Any]], shard: int) -> list[dict[str, Any]]:
-    """The records of one shard in order, restarting where the shard was begun anew."""
-    own: list[dict[str, Any]] = []
+def latest(records: Sequence[dict[str, Any]], shard: int, begin: int) -> list[dict[str, Any]]:
+    """The records of one shard that follow each other from byte `begin` on, since it was last begun."""
+    chain: list[dict[str, Any]] = []
     for entry in records:
-        if entry.get("shard") == shard:
-            if own and entry["bytes"] <= own[-1]["bytes"]:
-                own = []
-            own.append(entry)
-    return own
+        if entry["shard"] == shard:
+            if entry["from"] == begin:
+                chain = [entry]
+            elif chain and entry["from"] == chain[-1]["bytes"]:
+                chain.append(entry)
+    return chain

@@ -135,7 +135,7 @@ class Method:
 
     `uses_base(given)` tells, from the names of the parameters a recipe gives, whether the base takes part in the
     arithmetic; `n_models` is how many models besides the base it accepts (least, most). `check` names contradictions
-    among a job's resolved parameters. `measure(kernels, jobs)` returns None when these jobs need no measuring after all;
+    among a job's resolved parameters. `measure(kernels, jobs)` returns None when these jobs need no measuring;
     `measures_together` tells whether a job must be measured together with all others (a threshold over the whole
     model) or alone.
     """
