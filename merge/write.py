@@ -76,9 +76,7 @@ class ShardWriter:
         except OSError as error:
             raise _write_error(self.path, error) from error
 
-    def hash_in_turn(
-        self, view: memoryview, offset: int, stop: threading.Event, then: Callable[[str], None]
-    ) -> None:
+    def hash_in_turn(self, view: memoryview, offset: int, stop: threading.Event, then: Callable[[str], None]) -> None:
         """Wait until everything before `offset` is hashed, add `view`, and call `then` with the digest so far.
 
         That still happens in turn: the journal names the spans of a shard in order. If stopped, nothing happens.
