@@ -28,9 +28,10 @@ Inputs = dict[str, torch.Tensor]
 
 
 def write_recipe(path: Path, **keys: Any) -> Path:
-    """A recipe file; `path` values may be Path objects."""
+    """A recipe file of these keys, those that are None left out."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(_plain(keys), sort_keys=False))
+    given = {key: _plain(value) for key, value in keys.items() if value is not None}
+    path.write_text(yaml.safe_dump(given, sort_keys=False))
     return path
 
 

@@ -266,6 +266,10 @@ def test_many_shards_with_an_index_load(tmp_path: Path, tmp_path_factory: pytest
     assert all(torch.equal(weights[name], tensor) for name, tensor in read_weights(whole).items())
 
 
+def half_of(tuned: Path) -> dict[str, Any]:
+    return {"model": tuned, "parameters": {"weight": 0.5}}
+
+
 def test_sharded_inputs_give_the_same_model(tmp_path: Path) -> None:
     one = small_llama(tmp_path / "one")
     many = [tmp_path / "many" / path.name for path in one]
