@@ -72,7 +72,8 @@ class Stats:
 
     `nonfinite`: NaN and infinite elements per input, the base first if one was given. `nonfinite_out`: the same
     for the output, after rounding. `delta_squares`: the sum of (x_k - base)^2 per model, before any sparsifying;
-    zeros without a base. It is a diagnostic: its last bits depend on how a tensor was cut into tiles.
+    zeros without a base. It is a diagnostic: its last digits depend on how a tensor was cut into tiles, and single
+    squares are formed in the work dtype, so that in float32 a |delta| under 1e-22 or over 1e19 is lost or infinite.
     """
 
     nonfinite: tuple[int, ...]

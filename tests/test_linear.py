@@ -66,6 +66,18 @@ def test_sums_of_squares(case: Case) -> None:
         assert found == pytest.approx(float(np.sum(np.square(delta, dtype=np.float64))), rel=1e-5)
 
 
+@pytest.mark.parametrize("weights", [[3e38], [3e38, 1e38]])
+def test_an_overflow_is_counted_and_squares_only_once(weights: list[float]) -> None:
+    """The bfloat16 loops give up on a span whose result is not finite; it is then computed again, row by row."""
+    base = np.zeros(3 * 4096, BF16)
+    model = np.ones(3 * 4096, BF16)
+    model[4096:8192] = 2
+    out, stats = run(linear, Case(base, [model] * len(weights), weights, BF16, None, 0))
+    assert stats.nonfinite == (0,) * (1 + len(weights))
+    assert stats.nonfinite_out == int(np.isinf(out.astype(np.float32)).sum()) >= 4096
+    assert stats.delta_squares == (4096 * (1 + 4 + 1),) * len(weights)
+
+
 @quickly
 @given(cases(), st.data())
 def test_tiles_give_the_bytes_of_the_whole(case: Case, data: Any) -> None:

@@ -59,6 +59,15 @@ def test_bfloat16_loop_gives_the_bytes_of_the_definition(flavour: str, normalize
         assert stats.delta_squares == pytest.approx(wanted.delta_squares, rel=1e-5)
 
 
+def test_an_overflow_is_counted_and_squares_only_once() -> None:
+    base = np.zeros(2 * 4096, BF16)
+    model = np.ones(2 * 4096, BF16)
+    model[4096:] = 2
+    _, stats = run(vote, Case(base, [model] * 2, [0.5, 0.5], BF16, None, 0), scale=3e38)
+    assert (stats.nonfinite, stats.nonfinite_out) == ((0, 0, 0), 4096)
+    assert stats.delta_squares == (4096 * (1 + 4),) * 2
+
+
 @settings(max_examples=60, deadline=None)
 @given(cases(with_base=True), options, st.data())
 def test_tiles_give_the_bytes_of_the_whole(case: Case, how: dict[str, Any], data: Any) -> None:

@@ -176,11 +176,16 @@ def voice(delta: Any, lowest: Any, rescale: Any, weight: Any) -> Any:
 
 @compiled
 def elected(x: Any, y: Any, size_x: Any, size_y: Any, normalize: Any) -> Any:
-    """The disjoint sum or mean of two."""
+    """The disjoint sum or mean of two: agreement is a comparison with zero once the elected sign is flipped away.
+
+    The total of two is -0 only if both are, and none agrees; if it is NaN the result is not finite, and not used.
+    """
     zero = f32(0)
-    positive = f32(x + y) >= zero
-    with_x = not x <= zero if positive else not x >= zero
-    with_y = not y <= zero if positive else not y >= zero
+    sign = u32(f32(x + y).view(np.uint32) & u32(0x80000000))
+    with_x = not u32(f32(x).view(np.uint32) ^ sign).view(np.float32) <= zero
+    with_y = not u32(f32(y).view(np.uint32) ^ sign).view(np.float32) <= zero
     mixed = f32((x if with_x else zero) + (y if with_y else zero))
+    if not normalize:
+        return mixed
     divisor = f32((size_x if with_x else zero) + (size_y if with_y else zero))
-    return f32(mixed / (f32(1) if divisor == zero or not normalize else divisor))
+    return f32(mixed / (f32(1) if divisor == zero else divisor))
