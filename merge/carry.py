@@ -54,11 +54,14 @@ def updated_config(config: dict[str, Any], outputs: list[Output]) -> dict[str, A
     if not numbers:
         return config
     name = TORCH_NAMES[numbers.most_common(1)[0][0]]
-    return {"torch_dtype": name, **_restated(config, name)} if not _states(config) else _restated(config, name)
+    silent = "dtype" not in config and "torch_dtype" not in config
+    added = {"torch_dtype": name} if silent and not of_diffusers(config) else {}
+    return {**added, **_restated(config, name)}
 
 
-def _states(config: dict[str, Any]) -> bool:
-    return "dtype" in config or "torch_dtype" in config
+def of_diffusers(config: dict[str, Any]) -> bool:
+    """Whether this config is for diffusers, which knows no dtype in it, and not for transformers."""
+    return "_class_name" in config
 
 
 def _restated(config: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -100,6 +103,22 @@ def check_tokenizer(recipe: Recipe, layout: Checkpoint, checkpoints: dict[ModelR
             expected=f"the tokenizer files of {layout.reference}",
             found=", ".join(different),
             remedy="give every model one tokenizer first, or use `tokenizer_source: base` if only its files matter",
+        )
+    ]
+
+
+def check_chat_template(recipe: Recipe) -> list[Problem]:
+    """A chat template is written out as it stands; the names that mergekit has templates for mean nothing here."""
+    template = recipe.chat_template
+    if template is None or template == "auto" or "{{" in template or "{%" in template:
+        return []
+    return [
+        Problem(
+            "this is no chat template",
+            place=recipe.place("chat_template"),
+            expected="a Jinja template, or `auto` for the base's own",
+            found=repr(template),
+            remedy="write the template itself here, or leave this out",
         )
     ]
 

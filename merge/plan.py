@@ -10,14 +10,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ggez_merge import __version__
-from ggez_merge.carry import check_tokenizer
+from ggez_merge.carry import check_chat_template, check_tokenizer
 from ggez_merge.check import nearest
 from ggez_merge.checkpoint import ITEM_BITS, Checkpoint, open_checkpoint
 from ggez_merge.errors import Problem, Refused
@@ -116,7 +116,7 @@ def make_plan(recipe: Recipe, out: Path | None = None) -> Plan:
     folder = _output_folder(recipe, out, problems)
     if method is None or folder is None or any(checkpoint is None for checkpoint in opened.values()):
         raise Refused(problems)
-    checkpoints = {reference: checkpoint for reference, checkpoint in opened.items() if checkpoint}
+    checkpoints = _shared({reference: checkpoint for reference, checkpoint in opened.items() if checkpoint})
     problems.extend(_clashes(recipe, checkpoints, folder))
     assembled = assemble(recipe, method, checkpoints)
     problems.extend(assembled.problems)
@@ -128,6 +128,7 @@ def make_plan(recipe: Recipe, out: Path | None = None) -> Plan:
     if not assembled.outputs and not problems:
         problems.append(Problem("nothing to merge: the inputs hold no tensors", place=assembled.layout.reference))
     problems.extend(check_tokenizer(recipe, assembled.layout, checkpoints))
+    problems.extend(check_chat_template(recipe))
     problems.extend(_space(folder, sum(shard.size for shard in shards)))
     if problems:
         raise Refused(problems)
@@ -160,7 +161,19 @@ def references(recipe: Recipe) -> list[tuple[ModelReference, tuple[str | int, ..
 
 def unique(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
     """Checkpoints without those that are the same files under another name."""
-    return list({tuple(file.path.resolve() for file in c.files): c for c in checkpoints}.values())
+    return list({_files(checkpoint): checkpoint for checkpoint in checkpoints}.values())
+
+
+def _shared(checkpoints: Mapping[ModelReference, Checkpoint]) -> dict[ModelReference, Checkpoint]:
+    """One Checkpoint for all names of the same files (a link, another spelling): then they also compare as equal."""
+    first: dict[tuple[Path, ...], Checkpoint] = {}
+    return {
+        reference: first.setdefault(_files(checkpoint), checkpoint) for reference, checkpoint in checkpoints.items()
+    }
+
+
+def _files(checkpoint: Checkpoint) -> tuple[Path, ...]:
+    return tuple(file.path.resolve() for file in checkpoint.files)
 
 
 def _unknown_method(recipe: Recipe) -> Problem:
@@ -217,8 +230,7 @@ def _clashes(recipe: Recipe, checkpoints: dict[ModelReference, Checkpoint], fold
         for piece in module.slices:
             seen: dict[tuple[object, ...], str] = {}
             for source in piece.sources:
-                files = tuple(file.path.resolve() for file in checkpoints[source.model].files)
-                key = (files, source.layer_range)
+                key = (_files(checkpoints[source.model]), source.layer_range)
                 if key in seen:
                     yield Problem(
                         "the same model is listed twice",

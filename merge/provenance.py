@@ -8,9 +8,11 @@ import os
 import platform
 import re
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from ggez_merge import __version__
+from ggez_merge.carry import of_diffusers
 from ggez_merge.outputs import Output
 from ggez_merge.plan import Plan
 from ggez_merge.run import Outcome, Tally
@@ -18,7 +20,6 @@ from ggez_merge.summary import applied, groups
 from ggez_merge.units import readable_bytes
 
 REPORT_FORMAT = 1
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 METHOD_NAMES = {
     "linear": "linear interpolation",
     "task_arithmetic": "task arithmetic (arXiv 2212.04089)",
@@ -30,13 +31,13 @@ METHOD_NAMES = {
 }
 
 
-def labels(plan: Plan) -> list[str]:
-    """The merged models in recipe order, as the recipe names them (slices: by number, they may differ per slice)."""
-    names = [str(source.model) for source in plan.recipe.modules[0].slices[0].sources]
-    base = str(plan.recipe.base_model)
-    merged = [name for name in names if name != base] if plan.method.uses_base(plan.given) else names
-    most = max((len(output.models) for output in plan.outputs), default=0)
-    return merged if len(merged) >= most else [f"model {i + 1}" for i in range(most)]
+def labels(plan: Plan) -> dict[Path, str]:
+    """Weight file -> the model that it belongs to, with the commit if that is known."""
+    return {
+        file.path: f"{checkpoint.reference}@{checkpoint.revision}" if checkpoint.revision else checkpoint.reference
+        for checkpoint in plan.checkpoints
+        for file in checkpoint.files
+    }
 
 
 def report(plan: Plan, outcome: Outcome, files: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -84,12 +85,14 @@ def report(plan: Plan, outcome: Outcome, files: dict[str, dict[str, Any]]) -> di
     }
 
 
-def _tensor(output: Output, tally: Tally, names: list[str]) -> dict[str, Any]:
+def _tensor(output: Output, tally: Tally, names: dict[Path, str]) -> dict[str, Any]:
     said: dict[str, Any] = {"action": output.action, "via": output.via}
     if output.job is not None:
-        said["parameters"] = applied(output, names)
+        said["parameters"] = applied(output, [names[tensor.file] for tensor in output.models])
     if output.base is not None and tally.delta_squares:
         said["delta_norms"] = [_norm(square) for square in tally.delta_squares]
+    if any(tensor.name != output.entry.name for tensor in output.inputs):  # layers that were stacked anew
+        said["from"] = [f"{names[tensor.file]}: {tensor.name}" for tensor in output.inputs]
     if any(tally.nonfinite):
         said["nonfinite"] = tally.nonfinite
     return said
@@ -116,9 +119,11 @@ def report_bytes(content: dict[str, Any]) -> bytes:
 
 def model_card(plan: Plan, name: str) -> bytes:
     """README.md of the merged checkpoint."""
-    references = [checkpoint.reference for checkpoint in plan.checkpoints]
-    hub = [reference for reference in references if HUB_ID.fullmatch(reference)]
-    front = ["---", "library_name: transformers"] if plan.config else ["---"]
+    # a card is read elsewhere: local paths mean nothing there
+    hub = dict.fromkeys(checkpoint.reference for checkpoint in plan.checkpoints if checkpoint.revision)
+    front = ["---"]
+    if plan.config is not None:
+        front.append(f"library_name: {'diffusers' if of_diffusers(plan.config) else 'transformers'}")
     front += ["base_model:", *(f"- {reference}" for reference in hub)] if hub else []
     front += [
         "base_model_relation: merge",

@@ -42,10 +42,14 @@ def groups(plan: Plan) -> list[Group]:
 
 
 def applied(output: Output, labels: Sequence[str]) -> dict[str, object]:
-    """The parameters of one tensor, those of each model under its label."""
+    """The parameters of one tensor, those of each model under its label (numbered if a model takes part twice)."""
     if output.job is None:
         return {}
-    return {**output.job.shared, **{k: dict(v) for k, v in zip(labels, output.job.models, strict=False) if v}}
+    said: dict[str, object] = dict(output.job.shared)
+    for number, (label, parameters) in enumerate(zip(labels, output.job.models, strict=True), start=1):
+        if parameters:
+            said[label if labels.count(label) == 1 else f"{label} ({number})"] = dict(parameters)
+    return said
 
 
 def _parameters(plan: Plan, outputs: Sequence[Output]) -> str:

@@ -7,10 +7,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as tf
+from blake3 import blake3
+from checkpoints import write_checkpoint
 from models import FAMILIES, merged, randomised, read_weights, save_tuned
+from safetensors.torch import save_file
 
 from ggez_merge.errors import Refused
 
@@ -139,8 +143,6 @@ def test_models_of_two_layouts_are_refused_not_merged_in_part(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """LLaVA's language model is called otherwise by older versions: its weights must not vanish silently."""
-    from safetensors.torch import save_file
-
     parents = saved_parents("llava", tmp_path_factory.getbasetemp())
     base, other = parents["fp32 base"], tmp_path / "other"
     other.mkdir()
@@ -293,6 +295,40 @@ def test_sharded_inputs_give_the_same_model(tmp_path: Path) -> None:
     assert not (many[0].parent / "merged" / "model.safetensors.index.json").exists()
 
 
+def test_a_stack_of_layers_loads_and_its_report_names_the_origins(tmp_path: Path) -> None:
+    """Four layers of a vision-language model's text part, cut from two models; the towers come from one each."""
+    config = FAMILIES["gemma3"].build().config
+    config.text_config.num_hidden_layers = 3
+    config.text_config.layer_types = ["sliding_attention", "sliding_attention", "full_attention"]
+    model = tf.Gemma3ForConditionalGeneration(config)
+    a, b = (save_tuned(model, tmp_path / name, seed=i, dtype=torch.float32) for i, name in enumerate("ab"))
+    pieces = [{"sources": [{"model": x, "layer_range": r}]} for x, r in ((a, [0, 2]), (b, [1, 3]))]
+    modules = {
+        "text_decoder": {"slices": pieces},
+        "vision_tower": {"models": [{"model": b}]},
+        "multi_modal_projector": {"models": [{"model": a}]},
+    }
+    out = merged(tmp_path, merge_method="passthrough", base_model=a, modules=modules)
+    stacked = load("gemma3", out)
+    kinds = ["sliding_attention"] * 3 + ["full_attention"]
+    assert (stacked.config.text_config.num_hidden_layers, stacked.config.text_config.layer_types) == (4, kinds)
+    assert all(tensor.isfinite().all() for tensor in forward("gemma3", stacked))
+    report = json.loads((out / "merge_report.json").read_text())["tensors"]
+    weights, of_a, of_b = read_weights(out), read_weights(a), read_weights(b)
+    stack = "language_model.model.layers.{}.mlp.up_proj.weight"
+    for name, old, parent, path in (
+        (stack.format(1), stack.format(1), of_a, a),
+        (stack.format(2), stack.format(1), of_b, b),
+        (stack.format(3), stack.format(2), of_b, b),
+        ("language_model.model.norm.weight", "language_model.model.norm.weight", of_b, b),
+        ("vision_tower.post_layernorm.weight", "vision_tower.post_layernorm.weight", of_b, b),
+        ("multi_modal_projector.mm_soft_emb_norm.weight",) * 2 + (of_a, a),
+    ):
+        assert torch.equal(weights[name], parent[old]), name
+        assert report[name]["parameters"] == {str(path): {"scale": 1.0}}
+        assert report[name].get("from", [f"{path}: {name}"]) == [f"{path}: {old}"]
+
+
 def test_card_and_report_say_what_was_done(tmp_path: Path) -> None:
     base, tuned = small_llama(tmp_path)
     out = merged(
@@ -311,8 +347,6 @@ def test_card_and_report_say_what_was_done(tmp_path: Path) -> None:
     for name, said in report["tensors"].items():
         norm = (new[name].double() - old[name].double()).norm().item()
         assert said["delta_norms"] == [pytest.approx(norm, rel=1e-5)]
-    from blake3 import blake3
-
     for name, said in report["outputs"].items():
         content = (out / name).read_bytes()
         assert said == {"bytes": len(content), "blake3": blake3(content).hexdigest()}
@@ -322,3 +356,40 @@ def test_card_and_report_say_what_was_done(tmp_path: Path) -> None:
     assert "- merge" in front
     assert "ratio 0.25" in card
     assert "ratio 0.5" in card
+
+
+def test_a_base_under_another_name_is_still_the_base(tmp_path: Path) -> None:
+    """Listed among the models by a link to it, as mergekit's recipes list the base, it has no part in the sum."""
+    base, tuned = small_llama(tmp_path)
+    (tmp_path / "link").symlink_to(base)
+    models = [{"model": tmp_path / "link"}, {"model": tuned, "parameters": {"weight": 1.0}}]
+    out = merged(tmp_path, merge_method="task_arithmetic", base_model=base, models=models)
+    weights = read_weights(tuned)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in read_weights(out).items())
+    with pytest.raises(Refused, match="besides the base"):
+        merged(tmp_path / "alone", merge_method="task_arithmetic", base_model=base, models=models[:1])
+
+
+def test_a_diffusers_model_keeps_its_names_and_gets_no_key_that_diffusers_does_not_know(tmp_path: Path) -> None:
+    config = {"_class_name": "UNet2DConditionModel", "_diffusers_version": "0.30.0", "sample_size": 8}
+    for name, value in (("base", 1.0), ("tuned", 2.0)):
+        arrays = {"conv_in.weight": np.full((2, 3), value, np.float32)}
+        write_checkpoint(tmp_path / name, arrays, config=config, base="diffusion_pytorch_model")
+    models = [{"model": tmp_path / "tuned"}]
+    keys: dict[str, Any] = {"parameters": {"ratio": 0.5}, "out_dtype": "float16"}
+    out = merged(tmp_path, merge_method="linear", base_model=tmp_path / "base", models=models, **keys)
+    assert json.loads((out / "config.json").read_text()) == config
+    assert read_weights(out)["conv_in.weight"].unique().tolist() == [1.5]
+    assert (out / "diffusion_pytorch_model.safetensors").exists()
+    assert "library_name: diffusers" in (out / "README.md").read_text()
+
+
+def test_a_chat_template_is_written_out_and_a_mere_name_is_refused(tmp_path: Path) -> None:
+    base, tuned = small_llama(tmp_path)
+    keys: dict[str, Any] = {"merge_method": "linear", "base_model": base, "models": [{"model": tuned}]}
+    keys["parameters"] = {"ratio": 0.5}
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    out = merged(tmp_path, **keys, chat_template=template)
+    assert (out / "chat_template.jinja").read_text() == template
+    with pytest.raises(Refused, match="no chat template"):
+        merged(tmp_path / "named", **keys, chat_template="chatml")
