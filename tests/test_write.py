@@ -165,7 +165,7 @@ class TestResume:
     def test_a_finished_merge_of_another_chat_template_is_not_taken_for_this_one(self, pair: Path) -> None:
         merged(pair, INTERPOLATE)
         with pytest.raises(Refused, match="exists already"):
-            carry_out(plan_of(pair, INTERPOLATE, overrides=["chat_template=hello"]), resume=True)
+            carry_out(plan_of(pair, INTERPOLATE, overrides=["chat_template='{{ hello }}'"]), resume=True)
 
     @settings(max_examples=40, deadline=None)
     @given(st.integers(0, 10**9), st.integers(0, 7))
