@@ -306,9 +306,9 @@ class _Assembler:
         if len(found) == len(tensors) and (witness is not None or stacked):
             self._add(name, found, module, piece, t)
             return
-        lacking = [str(reference) for (reference, _), tensor in zip(wanted, tensors, strict=True) if tensor is None]
-        if witness is None and not stacked and self.result.layout.reference not in lacking:
-            lacking.append(self.result.layout.reference)
+        lacking = {str(r): own for (r, own), tensor in zip(wanted, tensors, strict=True) if tensor is None}
+        if witness is None and not stacked:
+            lacking.setdefault(self.result.layout.reference, name)
         origin = found[0] if found else witness
         if origin is None:
             return
@@ -317,8 +317,8 @@ class _Assembler:
         )
         if self.recipe.missing == "copy":
             self._copy(name, origin, f"copied from {owner}: {', '.join(lacking)} has no such tensor")
-        for reference in lacking:
-            self.missing[(reference, owner)].append(name)
+        for reference, own in lacking.items():
+            self.missing[(reference, owner)].append(own)
 
     def _add(self, name: str, tensors: Sequence[Tensor], module: Module, piece: Slice, t: float) -> None:
         shapes = Counter(tensor.shape for tensor in tensors)

@@ -63,8 +63,9 @@ def _parameters(plan: Plan, outputs: Sequence[Output]) -> str:
         if values and values != {parameter.default}:
             said.append(f"{key} {_range(values)}")
     for key in plan.method.per_model:
-        columns = [
-            _range({job.models[m][key] for job in jobs if key in job.models[m]}) for m in range(len(jobs[0].models))
+        columns = [  # modules may differ in how many models they merge
+            _range({job.models[m][key] for job in jobs if m < len(job.models) and key in job.models[m]})
+            for m in range(max(len(job.models) for job in jobs))
         ]
         if any(columns):
             said.append(f"{key} {' / '.join(columns)}")
