@@ -37,8 +37,9 @@ VOTE = Parameter("choice", default="sum", choices=("sum", "count"))
 def _measure(kernels: Kernels, jobs: Sequence[Job]) -> Measurement:
     keep = [_n_kept_together([(job.numbers("density")[m], job.n) for job in jobs]) for m in range(len(jobs[0].models))]
     trims = yield from thresholds(kernels, [job.n for job in jobs], keep, jobs[0].shared["ties"] == "all")
-    if jobs[0].shared["rescale"]:
-        trims = yield from match_l1(kernels, trims)
+    if any(job.shared["rescale"] for job in jobs):
+        scaled = yield from match_l1(kernels, trims)
+        trims = [scaled[i] if job.shared["rescale"] else trims[i] for i, job in enumerate(jobs)]
     return trims
 
 
