@@ -26,6 +26,7 @@ from ggez_merge.methods.method import Method
 from ggez_merge.outputs import Output, assemble
 from ggez_merge.recipe import ModelReference, Recipe
 from ggez_merge.shards import Entry, Shard, split
+from ggez_merge.write import reserved_bytes
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,7 @@ def _clashes(recipe: Recipe, checkpoints: dict[ModelReference, Checkpoint], fold
 
 
 def _space(folder: Path, needed: int) -> Iterable[Problem]:
-    free = free_bytes(folder)
+    free = free_bytes(folder) + reserved_bytes(folder)
     if needed > free:
         yield Problem(
             "not enough free space for the merged checkpoint",

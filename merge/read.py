@@ -81,7 +81,11 @@ class Files:
     def check_unchanged(self) -> None:
         """Raise Failed if any file changed since the plan was made."""
         for path in self._planned:
-            self._check(path, os.stat(path))
+            try:
+                status = os.stat(path)
+            except OSError as error:
+                raise Failed(f"{path}: gone while it was being merged: {error.strerror}") from error
+            self._check(path, status)
 
     def hash(self, file: ShardFile, view: memoryview, stop: threading.Event) -> str | None:
         """BLAKE3 of the file's content in hex, read through `view`; None if `stop` was set meanwhile."""
@@ -102,8 +106,12 @@ class Files:
                     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
                 except OSError as error:
                     raise Failed(f"{path}: cannot be opened: {error.strerror}") from error
+                try:
+                    self._check(path, os.fstat(descriptor))
+                except Failed:
+                    os.close(descriptor)
+                    raise
                 self._descriptors[path] = descriptor
-                self._check(path, os.fstat(descriptor))
             return self._descriptors[path]
 
     def _check(self, path: Path, now: os.stat_result) -> None:

@@ -235,6 +235,12 @@ def tidy(folder: Path) -> None:
         Staging(folder, partial, [], _lock(partial), threading.Lock()).discard()
 
 
+def reserved_bytes(folder: Path) -> int:
+    """What an interrupted merge holds on the disk: a merge to the same folder takes it over, or frees it first."""
+    files = [path for path in (_partial(folder) / "checkpoint").glob("*") if path.is_file()]
+    return sum(getattr(os.stat(path), "st_blocks", 0) * 512 for path in files)  # Windows does not say
+
+
 def finished_before(folder: Path, fingerprint: str) -> bool:
     """Whether the output folder already holds the complete result of exactly this merge."""
     try:
