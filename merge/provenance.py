@@ -13,6 +13,7 @@ from typing import Any
 
 from ggez_merge import __version__
 from ggez_merge.carry import of_diffusers
+from ggez_merge.checkpoint import Checkpoint
 from ggez_merge.outputs import Output
 from ggez_merge.plan import Plan
 from ggez_merge.run import Outcome, Tally
@@ -32,12 +33,18 @@ METHOD_NAMES = {
 
 
 def labels(plan: Plan) -> dict[Path, str]:
-    """Weight file -> the model that it belongs to, with the commit if that is known."""
-    return {
-        file.path: f"{checkpoint.reference}@{checkpoint.revision}" if checkpoint.revision else checkpoint.reference
-        for checkpoint in plan.checkpoints
-        for file in checkpoint.files
-    }
+    """Weight file -> the model that it belongs to."""
+    return {file.path: named(checkpoint) for checkpoint in plan.checkpoints for file in checkpoint.files}
+
+
+def named(checkpoint: Checkpoint) -> str:
+    """As the recipe names it, with the commit if it came from Hugging Face."""
+    return f"{checkpoint.reference}@{checkpoint.revision}" if checkpoint.revision else checkpoint.reference
+
+
+def role(plan: Plan, checkpoint: Checkpoint) -> str:
+    """Whether it is the recipe's base_model ("base") or one of those merged ("model")."""
+    return "base" if plan.recipe.base_model is not None and checkpoint is plan.layout else "model"
 
 
 def report(plan: Plan, outcome: Outcome, files: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -58,6 +65,7 @@ def report(plan: Plan, outcome: Outcome, files: dict[str, dict[str, Any]]) -> di
             {
                 "reference": checkpoint.reference,
                 "revision": checkpoint.revision,
+                "role": role(plan, checkpoint),
                 "parameters": checkpoint.parameters,
                 "files": {
                     file.path.name: {"bytes": file.size, "blake3": outcome.input_hashes[str(file.path)]}
@@ -138,10 +146,7 @@ def model_card(plan: Plan, name: str) -> bytes:
         _row(group.component, group.via, group.parameters, group.n_tensors, f"{group.n_elements:,}")
         for group in groups(plan)
     ]
-    inputs = [
-        _row(c.reference + (f" @ {c.revision}" if c.revision else ""), f"{c.parameters:,}", readable_bytes(c.nbytes))
-        for c in plan.checkpoints
-    ]
+    inputs = [_row(named(c), role(plan, c), f"{c.parameters:,}", readable_bytes(c.nbytes)) for c in plan.checkpoints]
     text = [
         *front,
         "",
@@ -150,8 +155,8 @@ def model_card(plan: Plan, name: str) -> bytes:
         f"Merged from {len(plan.checkpoints)} checkpoints by {METHOD_NAMES[plan.method.name]} with "
         f"ggez-merge {__version__}.",
         "",
-        "| input | parameters | size |",
-        "|---|---|---|",
+        "| input | role | parameters | size |",
+        "|---|---|---|---|",
         *inputs,
         "",
         "## What was merged how",

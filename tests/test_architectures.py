@@ -354,6 +354,8 @@ def test_card_and_report_say_what_was_done(tmp_path: Path) -> None:
     front = card.split("---")[1]
     assert "base_model_relation: merge" in front
     assert "- merge" in front
+    assert [said["role"] for said in report["inputs"]] == ["base", "model"]
+    assert f"| {base} | base | " in card
     assert "ratio 0.25" in card
     assert "ratio 0.5" in card
 
