@@ -445,6 +445,21 @@ def test_a_gradient_ends_in_the_head_here_and_begins_there(family: dict[str, Pat
     assert_same(pair.layers())
 
 
+def test_bfloat16_models_are_merged_in_float32_whatever_the_dtype(tmp_path: Path) -> None:
+    """mergekit works in the models' own dtype: many of its results are then not the nearest bfloat16."""
+    folder = save_llamas(tmp_path / "models", torch.bfloat16)
+    models = [entry(folder["one"], weight=0.6), entry(folder["two"], weight=0.3)]
+    keys = merge_of("task_arithmetic", folder, models, dtype="bfloat16", out_dtype=None)
+    pair = both(tmp_path, "bf16", **keys)
+    total = sum(t.numel() for t in pair.unrounded.values())
+    off = {
+        who: sum(int((t != pair.unrounded[name].bfloat16()).sum()) for name, t in weights.items()) / total
+        for who, weights in (("ours", pair.ours), ("theirs", pair.theirs))
+    }
+    assert off["ours"] < MOST_TIES
+    assert off["theirs"] > 0.1
+
+
 def test_a_base_that_is_not_listed_takes_no_part_in_an_average(tmp_path: Path) -> None:
     """mergekit gives it the weight that stands at the top, and so averages three models."""
     folder = save_llamas(tmp_path / "models", torch.float32)
