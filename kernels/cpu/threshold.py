@@ -1,4 +1,4 @@
-"""Counting magnitudes: the sweeps of an exact radix selection of TIES's k-th largest |delta|."""
+"""Counting magnitudes: the sweeps that select TIES's k-th largest |delta| exactly."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from .strips import ADDRESS, CODE, STRIP, Array, magnitude_key, prepare, widen_d
 TABLES = 4
 
 
-def histogram(base: Array, model: Array, *, shift: int, bits: int, prefix: int) -> Array:
-    """h[v] = how many keys have (key >> shift) & (2**bits - 1) == v and key >> (shift + bits) == prefix.
+def histogram(base: Array, model: Array, *, low: int, high: int, shift: int = 0) -> Array:
+    """h[v] = how many keys in [low, high) have (key - low) >> shift == v; one more entry counts those >= high.
 
-    key = the 31 low bits of float32(model - base), as in `Sparsify`. Answers int64[2**bits]; the
-    histograms of a tensor's tiles add up to the tensor's. Arrays as for `linear`.
+    key = the 31 low bits of float32(model - base), as in `Sparsify`. Answers int64[((high - low - 1) >> shift) + 2];
+    the histograms of a tensor's tiles add up to the tensor's. Arrays as for `linear`.
     """
-    if bits < 1 or shift < 0 or shift + bits > 31:
-        raise ValueError(f"shift {shift} and bits {bits} must select some of the 31 bits of a key")
+    if not 0 <= low < high <= 1 << 31 or not 0 <= shift < 31:
+        raise ValueError(f"low {low}, high {high} and shift {shift} must select keys of 31 bits")
     call = prepare(None, base, [model])
-    tables = np.zeros((TABLES, 1 << bits), np.int64)
+    bins = ((high - low - 1) >> shift) + 1
+    tables = np.zeros((TABLES if high - low == 1 << 31 else 1, bins + 1), np.int64)
     rows = np.empty((2, STRIP), call.work)
     keys = np.empty(STRIP, np.uint32)
-    _histogram(call.table, call.size, np.uint32(shift), np.uint32(bits), np.uint32(prefix), rows, keys, tables)
+    _histogram(call.table, call.size, np.uint32(low), np.int64(high), np.uint32(shift), rows, keys, tables)
     total: Array = tables.sum(axis=0)
     return total
 
@@ -59,23 +60,27 @@ def fill_keys(table: Any, first: Any, n: Any, rows: Any, keys: Any) -> None:
 
 
 @compiled
-def _histogram(table: Any, size: Any, shift: Any, bits: Any, prefix: Any, rows: Any, keys: Any, tables: Any) -> None:
-    mask = np.uint32((1 << bits) - 1)
-    above = np.uint32(shift + bits)
-    everything = above == np.uint32(31)
+def _histogram(table: Any, size: Any, low: Any, high: Any, shift: Any, rows: Any, keys: Any, tables: Any) -> None:
+    width = np.uint32(high - low)
+    above = 0
     for first in range(0, size, STRIP):
         n = min(STRIP, size - first)
         fill_keys(table, first, n, rows, keys)
-        found = n
-        if not everything:
-            found = 0
+        if tables.shape[0] == TABLES:
+            # neighbours often share a bin: taking turns between tables spares them the wait for each other
             for i in range(n):
-                key = keys[i]
-                keys[found] = key
-                found += 1 if np.uint32(key >> above) == prefix else 0
-        # neighbours often share a bin: taking turns between tables spares them the wait for each other
+                tables[i % TABLES, keys[i] >> shift] += 1
+            continue
+        for i in range(n):
+            above += 1 if keys[i] >= high else 0
+        found = 0
+        for i in range(n):
+            offset = np.uint32(keys[i] - low)
+            keys[found] = offset
+            found += 1 if offset < width else 0
         for i in range(found):
-            tables[i % TABLES, np.uint32(keys[i] >> shift) & mask] += 1
+            tables[0, keys[i] >> shift] += 1
+    tables[0, tables.shape[1] - 1] += above
 
 
 @compiled

@@ -1,4 +1,4 @@
-"""Counting magnitudes, for an exact radix selection of TIES's k-th largest |delta| (arXiv 2306.01708, section 4)."""
+"""Counting magnitudes, to select TIES's k-th largest |delta| exactly (arXiv 2306.01708, section 4)."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ def _keys(base: Array, model: Array) -> torch.Tensor:
     return keys(widen(model, work) - widen(base, work))
 
 
-def histogram(base: Array, model: Array, *, shift: int, bits: int, prefix: int) -> Array:
-    """h[v] = #{i : (key_i >> shift) & (2**bits - 1) == v and key_i >> (shift + bits) == prefix}; int64[2**bits]."""
-    if bits < 1 or shift < 0 or shift + bits > 31:
-        raise ValueError(f"shift {shift} and bits {bits} must select some of the 31 bits of a key")
+def histogram(base: Array, model: Array, *, low: int, high: int, shift: int = 0) -> Array:
+    """h[v] = #{i : low <= key_i < high and (key_i - low) >> shift == v}, then #{i : key_i >= high}; all int64."""
+    if not 0 <= low < high <= 1 << 31 or not 0 <= shift < 31:
+        raise ValueError(f"low {low}, high {high} and shift {shift} must select keys of 31 bits")
     key = _keys(base, model).to(torch.int64)
-    chosen = key[(key >> (shift + bits)) == prefix]
-    counts: Array = torch.bincount((chosen >> shift) & ((1 << bits) - 1), minlength=1 << bits).numpy()
-    return counts
+    inside = key[(key >= low) & (key < high)]
+    counts = torch.bincount((inside - low) >> shift, minlength=((high - low - 1) >> shift) + 2)
+    counts[-1] = (key >= high).sum()
+    answer: Array = counts.numpy()
+    return answer
 
 
 def ties(base: Array, model: Array, threshold: int) -> int:
