@@ -28,7 +28,7 @@ class _RecipeFirst(TyperGroup):
     """`ggez-merge recipe.yaml` is short for `ggez-merge merge recipe.yaml`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and not any(word in self.commands for word in args) and args[0] not in ("--help", "--version"):
+        if args and args[0] not in self.commands and args[0] not in ("--help", "--version"):
             args = ["merge", *args]
         return super().parse_args(ctx, args)
 
