@@ -73,6 +73,12 @@ def half_of(t: Tensors) -> list[Sparsify]:
     return [Sparsify(median_key(t))] * 2
 
 
+def around_median(t: Tensors) -> dict[str, int]:
+    """The keys that a second sweep looks at: the coarse bin of the median and its neighbours."""
+    coarse = median_key(t) >> 16
+    return {"low": (coarse - 1) << 16, "high": (coarse + 2) << 16}
+
+
 DARE = [Sparsify(keep=0.5, seed=1, rescale=2.0), Sparsify(keep=0.5, seed=2, rescale=2.0)]
 
 
@@ -158,7 +164,7 @@ KERNELS = [
         threshold.histogram,
         1,
         2,
-        call=lambda f, t: f(t.base, t.models[0], shift=20, bits=11, prefix=0),
+        call=lambda f, t: f(t.base, t.models[0], low=0, high=1 << 31, shift=16),
         torch=None,
     ),
     both(
@@ -167,7 +173,7 @@ KERNELS = [
         threshold.histogram,
         1,
         2,
-        call=lambda f, t: f(t.base, t.models[0], shift=10, bits=10, prefix=median_key(t) >> 20),
+        call=lambda f, t: f(t.base, t.models[0], **around_median(t)),
         torch=None,
     ),
     both(
