@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ggez_merge.untrusted import escaped
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -22,11 +24,11 @@ class Problem:
     remedy: str | None = None
 
     def __str__(self) -> str:
-        lines = [self.what]
+        lines = [escaped(self.what)]
         for label in ("place", "tensor", "expected", "found", "remedy"):
             value = getattr(self, label)
             if value is not None:
-                lines.append(f"    {label + ':':<10}{value}")
+                lines.append(f"    {label + ':':<10}{escaped(str(value))}")
         return "\n".join(lines)
 
 

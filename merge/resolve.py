@@ -18,6 +18,7 @@ from ggez_merge.errors import Problem
 from ggez_merge.methods.method import Job, Method, Parameter
 from ggez_merge.parameters import Filtered, Scalar, Value, evaluate, matching
 from ggez_merge.recipe import Module, Recipe, Slice
+from ggez_merge.untrusted import printable
 from ggez_merge.yaml_lines import Where
 
 
@@ -201,4 +202,4 @@ def gradient_position(name: str, n_layers: Mapping[str, int]) -> float:
 def some(names: list[str], most: int = 3) -> str:
     """The first few names and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(printable(name) for name in names[:most]) + more

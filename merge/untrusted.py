@@ -12,8 +12,11 @@ _LONGEST_NAME = 300  # characters of an untrusted name that are shown
 
 def printable(text: str) -> str:
     """`text` as a terminal may show it: control and formatting characters escaped, very long names cut."""
-    if len(text) > _LONGEST_NAME:
-        text = text[:_LONGEST_NAME] + "…"
+    return escaped(text[:_LONGEST_NAME] + "…" if len(text) > _LONGEST_NAME else text)
+
+
+def escaped(text: str) -> str:
+    """`text` with whatever a terminal might obey written as Python would."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -69,7 +69,7 @@ def _reported(folder: Path) -> dict[str, dict[str, Any]]:
             isinstance(entry["bytes"], int) and isinstance(entry["blake3"], str) and _inside(name)
             for name, entry in outputs.items()
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         well_formed = False
     if not well_formed:
         raise Refused(

@@ -129,6 +129,19 @@ class TestInputs:
         assert "./one" in first.what
         assert str(trio / "two") in str(second.place)
 
+    def test_names_of_tensors_cannot_command_a_terminal(self, tmp_path: Path) -> None:
+        evil = "\x1b[2J\r\u202e.weight"
+        write_checkpoint(
+            tmp_path / "base", {"x": np.ones(3, "f4"), evil: np.ones(3, "f4"), "é" + evil: np.ones(3, "f4")}
+        )
+        write_checkpoint(tmp_path / "one", {"x": np.ones(3, "f4"), evil: np.ones(4, "f4")})
+        said = "\n".join(str(problem) for problem in refusals(tmp_path, INTERPOLATE))
+        assert said.count("\\x1b[2J\\r\\u202e.weight") == 2
+        assert said.replace("\n", "").isprintable()
+        write_checkpoint(tmp_path / "one", {"x": np.ones(3, "f4")})
+        (note,) = plan_of(tmp_path, INTERPOLATE, overrides=["missing=copy"]).notes
+        assert note.isprintable()
+
     def test_no_tensors_at_all(self, tmp_path: Path) -> None:
         for model in ("base", "one"):
             write_checkpoint(tmp_path / model, {})
