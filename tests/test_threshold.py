@@ -15,7 +15,7 @@ from ggez_kernels.cpu.threshold import histogram, nth_tie, ties
 from ggez_kernels.reference import threshold as definition
 from ggez_kernels.sparsify import NAN_KEY, Sparsify
 
-DIGITS = ((20, 11), (10, 10), (0, 10))
+KEYS = 1 << 31
 
 
 @settings(max_examples=120, deadline=None)
@@ -25,14 +25,21 @@ def test_compiled_counts_are_those_of_the_definition(case: Case, data: Any) -> N
     base, model = case.base, case.models[0]
     key = keys(base, model)
     some = int(data.draw(st.sampled_from(sorted({0, 0x7F800000, NAN_KEY, *key[:6].tolist()}))))
-    for shift, bits in (*DIGITS, (16, 15), (0, 1), (0, 16)):
-        prefix = some >> (shift + bits)
-        found = histogram(base, model, shift=shift, bits=bits, prefix=prefix)
+    near = max(0, some - 300), min(KEYS, some + 300)
+    for low, high, shift in (
+        (0, KEYS, 16),
+        (0, KEYS, 20),
+        (some, some + 1, 0),
+        (*near, 0),
+        (*near, 5),
+        (some, KEYS, 12),
+    ):
+        found = histogram(base, model, low=low, high=high, shift=shift)
         assert found.dtype == np.int64
-        expected = definition.histogram(base, model, shift=shift, bits=bits, prefix=prefix)
-        assert found.tolist() == expected.tolist()
-        digits = (key[key >> (shift + bits) == prefix] >> shift) & ((1 << bits) - 1)
-        assert found.tolist() == np.bincount(digits, minlength=1 << bits).tolist()
+        assert found.tolist() == definition.histogram(base, model, low=low, high=high, shift=shift).tolist()
+        inside = key[(key >= low) & (key < high)].astype(np.int64) - low
+        assert found[:-1].tolist() == np.bincount(inside >> shift, minlength=len(found) - 1).tolist()
+        assert found[-1] == (key >= high).sum()
     places = np.flatnonzero(key == some)
     assert ties(base, model, some) == definition.ties(base, model, some) == places.size
     for n in {0, places.size // 2, places.size - 1} - {-1}:
@@ -45,14 +52,15 @@ def test_compiled_counts_are_those_of_the_definition(case: Case, data: Any) -> N
 
 def select(base: Array, model: Array, k: int) -> tuple[int, int]:
     """(threshold, last) that keep exactly the k largest, the first of equals, from counts alone."""
-    prefix, need = 0, k
-    for shift, bits in DIGITS:
-        counts = histogram(base, model, shift=shift, bits=bits, prefix=prefix)
+    low, high, need = 0, KEYS, k
+    for shift in (20, 10, 0):
+        counts = histogram(base, model, low=low, high=high, shift=shift)[:-1]
         from_top = np.cumsum(counts[::-1])
         place = int(np.searchsorted(from_top, need))
         need -= int(from_top[place] - counts[::-1][place])
-        prefix = (prefix << bits) | (len(counts) - 1 - place)
-    return prefix, nth_tie(base, model, prefix, need - 1)
+        low += (len(counts) - 1 - place) << shift
+        high = low + (1 << shift)
+    return low, nth_tie(base, model, low, need - 1)
 
 
 @settings(max_examples=80, deadline=None)
@@ -83,19 +91,19 @@ def test_counts_of_tiles_add_up(case: Case, data: Any) -> None:
     assert case.base is not None
     size = case.base.size
     cuts = sorted({0, size, *data.draw(st.lists(st.integers(0, size), max_size=3))})
-    whole = histogram(case.base, case.models[0], shift=20, bits=11, prefix=0)
+    whole = histogram(case.base, case.models[0], low=0, high=KEYS, shift=20)
     parts = [case.tile(begin, end) for begin, end in zip(cuts, cuts[1:], strict=False)]
     total = sum(
-        (histogram(p.base, p.models[0], shift=20, bits=11, prefix=0) for p in parts if p.base is not None),
-        np.zeros(2048, np.int64),
+        (histogram(p.base, p.models[0], low=0, high=KEYS, shift=20) for p in parts if p.base is not None),
+        np.zeros(2049, np.int64),
     )
     assert whole.tolist() == total.tolist()
     assert whole.sum() == size
 
 
-@pytest.mark.parametrize(("shift", "bits"), [(21, 11), (-1, 4), (3, 0)])
-def test_wrong_digits_are_refused(shift: int, bits: int) -> None:
+@pytest.mark.parametrize(("low", "high", "shift"), [(5, 5, 0), (-1, 4, 0), (0, KEYS + 1, 0), (0, 4, 31), (0, 4, -1)])
+def test_keys_that_do_not_exist_are_refused(low: int, high: int, shift: int) -> None:
     one = np.ones(1, np.float32)
     for kernel in (histogram, definition.histogram):
         with pytest.raises(ValueError, match="31 bits"):
-            kernel(one, one, shift=shift, bits=bits, prefix=0)
+            kernel(one, one, low=low, high=high, shift=shift)

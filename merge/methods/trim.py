@@ -1,8 +1,9 @@
 """Exact thresholds and scales of sparsified deltas, from sweeps over tiles.
 
-Trimming keeps the k entries of largest |delta|. The k-th magnitude is found by radix selection on the bits of
-|float32(delta)|, which sort like the magnitudes: one histogram of the high 15 bits, one of the low 16 bits below the
-bin that holds the k-th. Entries equal to it are kept from the front until exactly k are kept.
+Trimming keeps the k entries of largest |delta|. The k-th magnitude is found on the bits of |float32(delta)|, its *key*,
+which sorts like the magnitude. A sample says where the k-th key must about be; one sweep counts every key of that
+narrow range, and how many lie above it. Should the k-th not be there after all, the sample is repeated with everything.
+Entries equal to the k-th are kept from the front until exactly k are kept.
 """
 
 from __future__ import annotations
@@ -17,10 +18,15 @@ from typing import Any
 import numpy as np
 
 from ggez_kernels.sparsify import KEEP_ALL_LAST, Sparsify
-from ggez_merge.methods.method import Kernels, Sweep, Tile, summed
+from ggez_merge.methods.method import Array, Kernels, Sweep, Tile, summed
 
-HIGH_BITS, LOW_BITS = 15, 16
-ABOVE_ALL = 0x7FFFFFFF  # no finite magnitude has more bits set
+COARSE = 16  # low bits of a key that the sample ignores: what is left, exponent and 7 bits of mantissa, is a *bin*
+KEYS = 1 << 31
+ABOVE_ALL = KEYS - 1  # no finite magnitude has more bits set
+SAMPLE_SLICES = 16  # spread evenly over a tile
+SAMPLE_SHARE = 64  # one entry in so many
+SAMPLE_LEAST = 1 << 14  # entries of a tile below which all are taken
+WIDEST = 8  # bins that are counted key by key; a sample that leaves more open is no help
 
 
 def n_kept(density: float, n: int) -> int:
@@ -44,23 +50,8 @@ def thresholds(
     if not selected:
         return [[cut[m] for m in range(len(keep))] for _ in sizes]
 
-    def high(tile: Tile) -> np.ndarray:
-        return np.stack([_histogram(kernels, tile, m, LOW_BITS, HIGH_BITS, 0) for m in selected])
-
-    found = [_bin_of(row, keep[m]) for m, row in zip(selected, (yield Sweep(high)), strict=True)]
-
-    def low(tile: Tile) -> np.ndarray:
-        return np.stack([_histogram(kernels, tile, m, 0, LOW_BITS, found[i][0]) for i, m in enumerate(selected)])
-
-    kth: dict[int, int] = {}
-    wanted: dict[int, int] = {}  # model -> how many of the entries equal to the threshold are to be kept
-    for i, (m, row) in enumerate(zip(selected, (yield Sweep(low)), strict=True)):
-        bin_high, rest = found[i]
-        bin_low, rest = _bin_of(row, rest)
-        kth[m] = (bin_high << LOW_BITS) | bin_low
-        if not all_ties and rest < int(row[bin_low]):
-            wanted[m] = rest
-    last = yield from _last_ties(kernels, kth, wanted)
+    kth, wanted = yield from _select(kernels, total, {m: keep[m] for m in selected})
+    last = yield from _last_ties(kernels, kth, {} if all_ties else wanted)
 
     def trim(job: int, m: int) -> Sparsify:
         if m not in kth:
@@ -71,8 +62,69 @@ def thresholds(
     return [[trim(job, m) for m in range(len(keep))] for job in range(len(sizes))]
 
 
-def _histogram(kernels: Kernels, tile: Tile, m: int, shift: int, bits: int, prefix: int) -> np.ndarray:
-    return kernels.histogram(tile.base, tile.models[m], shift=shift, bits=bits, prefix=prefix)
+def _select(
+    kernels: Kernels, total: int, keep: dict[int, int]
+) -> Generator[Sweep, Any, tuple[dict[int, int], dict[int, int]]]:
+    """For each model: the key of its keep[m]-th largest entry of `total`, and how many equal to it are to be kept.
+
+    Models of which all equals are kept are left out of the second answer.
+    """
+    kth: dict[int, int] = {}
+    wanted: dict[int, int] = {}
+    for share in (SAMPLE_SHARE, 1):
+        open_models = [m for m in keep if m not in kth]
+        if not open_models:
+            break
+
+        def sample(tile: Tile, models: list[int] = open_models, share: int = share) -> np.ndarray:
+            return np.stack([_bins(kernels, tile.base, tile.models[m], share) for m in models])
+
+        ranges = {}
+        for m, bins in zip(open_models, (yield Sweep(sample)), strict=True):
+            low, high = _range(bins, keep[m], total)
+            if high - low <= WIDEST or share == 1:
+                ranges[m] = low << COARSE, high << COARSE
+
+        def count(tile: Tile, ranges: dict[int, tuple[int, int]] = ranges) -> np.ndarray:
+            return np.concatenate(
+                [kernels.histogram(tile.base, tile.models[m], low=low, high=high) for m, (low, high) in ranges.items()]
+            )
+
+        counted: np.ndarray = (yield Sweep(count)) if ranges else np.zeros(0, np.int64)
+        at = 0
+        for m, (low, high) in ranges.items():
+            counts = counted[at : at + high - low + 1]
+            at += high - low + 1
+            if counts[-1] < keep[m] <= counts.sum():
+                key, need = _bin_of(counts, keep[m])
+                kth[m] = low + key
+                if need < counts[key]:
+                    wanted[m] = need
+    return kth, wanted
+
+
+def _bins(kernels: Kernels, base: Array, model: Array, share: int) -> np.ndarray:
+    """How many keys of a sample fall into each bin: of everything if share is 1 or the tile is small."""
+    n = len(base)
+    if share == 1 or n <= SAMPLE_LEAST:
+        return kernels.histogram(base, model, low=0, high=KEYS, shift=COARSE)
+    length = max(n // share, SAMPLE_LEAST) // SAMPLE_SLICES
+    slices = [slice(i * n // SAMPLE_SLICES, i * n // SAMPLE_SLICES + length) for i in range(SAMPLE_SLICES)]
+    counts = [kernels.histogram(base[part], model[part], low=0, high=KEYS, shift=COARSE) for part in slices]
+    return sum(counts[1:], start=counts[0])
+
+
+def _range(bins: np.ndarray, k: int, total: int) -> tuple[int, int]:
+    """The bins [low, high) where the k-th largest of `total` must about be, going by a sample's bins.
+
+    The sample's rank of it is k * sampled / total, give or take four standard deviations of a fair sample at the most.
+    """
+    sampled = int(bins.sum())
+    margin = 0 if sampled == total else 2 * math.isqrt(sampled) + 1
+    rank = k * sampled // total
+    upper, _ = _bin_of(bins, max(1, min(sampled, rank - margin)))
+    lower, _ = _bin_of(bins, max(1, min(sampled, rank + margin)))
+    return lower, upper + 1
 
 
 def _bin_of(counts: np.ndarray, k: int) -> tuple[int, int]:
