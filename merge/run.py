@@ -145,8 +145,6 @@ class _Run:
 
     def run(self, memory_bytes: int) -> Outcome:
         began = time.perf_counter()
-        self.kernels, device = load_kernels()
-        direct = prefers_direct(self.staging.checkpoint, self.plan.write_bytes)
         seconds: dict[str, float] = {}
         with (
             Files([file for checkpoint in self.plan.checkpoints for file in checkpoint.files]) as self.files,
@@ -155,7 +153,9 @@ class _Run:
         ):
             self.executor = executor
             try:
-                input_hashes = hashing.submit(self._hash_inputs)
+                input_hashes = hashing.submit(self._hash_inputs)  # meanwhile the kernels are loaded
+                self.kernels, device = load_kernels()
+                direct = prefers_direct(self.staging.checkpoint, self.plan.write_bytes)
                 self.applies = self._measure()
                 seconds["measure"] = time.perf_counter() - began
                 output_hashes, resumed = self._combine(direct)
