@@ -31,7 +31,7 @@ shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 ratios = st.floats(0, 1).map(lambda r: round(r, 3))
 weights = st.floats(-2, 2).map(lambda w: round(w, 3))
 densities = st.floats(0.01, 1).map(lambda d: round(d, 2))
-checked = settings(max_examples=30, deadline=None)
+checked = settings(max_examples=20, deadline=None)
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,15 @@ def test_the_ends_of_the_way_are_the_models_themselves(shape: tuple[int, ...], s
             assert made.merge(method, parameters={key: 0}) == made.bytes_of(0)
             assert made.merge(method, parameters={key: 1}) == made.bytes_of(1)
         assert made.merge("passthrough") == made.bytes_of(1)
+
+
+@checked
+@given(shapes, st.integers(0, 16).filter(lambda sixteenths: sixteenths != 8), st.integers(0, 99))
+def test_the_arc_is_the_same_from_its_other_end(shape: tuple[int, ...], sixteenths: int, seed: int) -> None:
+    t = sixteenths / 16
+    with family(shape, seed) as made:
+        there = made.merge("slerp", parameters={"t": t})
+        assert there == made.merge("slerp", base=1, order=[0], parameters={"t": 1 - t})
 
 
 @checked
