@@ -23,11 +23,13 @@ def histogram(base: Array, model: Array, *, low: int, high: int, shift: int = 0)
         raise ValueError(f"low {low}, high {high} and shift {shift} must select keys of 31 bits")
     call = prepare(None, base, [model])
     bins = ((high - low - 1) >> shift) + 1
-    tables = np.zeros((TABLES if high - low == 1 << 31 else 1, bins + 1), np.int64)
+    if call.size >= 1 << 32:
+        raise ValueError(f"{call.size} elements in one call overflow 32-bit counters: count tiles and add up")
+    tables = np.zeros((TABLES if high - low == 1 << 31 else 1, bins + 1), np.uint32)
     rows = np.empty((2, STRIP), call.work)
     keys = np.empty(STRIP, np.uint32)
     _histogram(call.table, call.size, np.uint32(low), np.int64(high), np.uint32(shift), rows, keys, tables)
-    total: Array = tables.sum(axis=0)
+    total: Array = tables.sum(axis=0, dtype=np.int64)
     return total
 
 
@@ -69,7 +71,7 @@ def _histogram(table: Any, size: Any, low: Any, high: Any, shift: Any, rows: Any
         if tables.shape[0] == TABLES:
             # neighbours often share a bin: taking turns between tables spares them the wait for each other
             for i in range(n):
-                tables[i % TABLES, keys[i] >> shift] += 1
+                tables[i % TABLES, keys[i] >> shift] += np.uint32(1)
             continue
         for i in range(n):
             above += 1 if keys[i] >= high else 0
@@ -79,8 +81,8 @@ def _histogram(table: Any, size: Any, low: Any, high: Any, shift: Any, rows: Any
             keys[found] = offset
             found += 1 if offset < width else 0
         for i in range(found):
-            tables[0, keys[i] >> shift] += 1
-    tables[0, tables.shape[1] - 1] += above
+            tables[0, keys[i] >> shift] += np.uint32(1)
+    tables[0, tables.shape[1] - 1] += np.uint32(above)
 
 
 @compiled

@@ -24,7 +24,7 @@ COARSE = 16  # low bits of a key that the sample ignores: what is left, exponent
 KEYS = 1 << 31
 ABOVE_ALL = KEYS - 1  # no finite magnitude has more bits set
 SAMPLE_SLICES = 16  # spread evenly over a tile
-SAMPLE_SHARE = 64  # one entry in so many
+SAMPLE_SHARE = 16  # one entry in so many
 SAMPLE_LEAST = 1 << 14  # entries of a tile below which all are taken
 WIDEST = 8  # bins that are counted key by key; a sample that leaves more open is no help
 
@@ -106,21 +106,20 @@ def _select(
 def _bins(kernels: Kernels, base: Array, model: Array, share: int) -> np.ndarray:
     """How many keys of a sample fall into each bin: of everything if share is 1 or the tile is small."""
     n = len(base)
-    if share == 1 or n <= SAMPLE_LEAST:
-        return kernels.histogram(base, model, low=0, high=KEYS, shift=COARSE)
-    length = max(n // share, SAMPLE_LEAST) // SAMPLE_SLICES
-    slices = [slice(i * n // SAMPLE_SLICES, i * n // SAMPLE_SLICES + length) for i in range(SAMPLE_SLICES)]
-    counts = [kernels.histogram(base[part], model[part], low=0, high=KEYS, shift=COARSE) for part in slices]
-    return sum(counts[1:], start=counts[0])
+    if share > 1 and n > SAMPLE_LEAST:
+        length = max(n // share, SAMPLE_LEAST) // SAMPLE_SLICES
+        starts = [i * n // SAMPLE_SLICES for i in range(SAMPLE_SLICES)]
+        base, model = (np.concatenate([array[at : at + length] for at in starts]) for array in (base, model))
+    return kernels.histogram(base, model, low=0, high=KEYS, shift=COARSE)
 
 
 def _range(bins: np.ndarray, k: int, total: int) -> tuple[int, int]:
     """The bins [low, high) where the k-th largest of `total` must about be, going by a sample's bins.
 
-    The sample's rank of it is k * sampled / total, give or take four standard deviations of a fair sample at the most.
+    The sample's rank of it is k * sampled / total, give or take three standard deviations of a fair sample at the most.
     """
     sampled = int(bins.sum())
-    margin = 0 if sampled == total else 2 * math.isqrt(sampled) + 1
+    margin = 0 if sampled == total else 3 * math.isqrt(sampled) // 2 + 1
     rank = k * sampled // total
     upper, _ = _bin_of(bins, max(1, min(sampled, rank - margin)))
     lower, _ = _bin_of(bins, max(1, min(sampled, rank + margin)))
