@@ -123,9 +123,9 @@ class _Desk:
     def _tile(self, piece: Piece) -> Tile:
         if self._held is None or self._held[0] != piece:
             self._held = piece, self._load(piece)
-            if piece in self._unread:
-                self._unread.remove(piece)
-                self._bench.advance(piece.n * _width(self._outputs[piece.job]))
+            n_new = piece.n if piece in self._unread else 0
+            self._unread.discard(piece)
+            self._bench.advance(n_new * _width(self._outputs[piece.job]))  # in every sweep: it ends a stopped merge
         return self._held[1]
 
     def _load(self, piece: Piece) -> Tile:
