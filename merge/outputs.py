@@ -94,6 +94,11 @@ class _Assembler:
         self.missing: dict[tuple[str, str], list[str]] = defaultdict(list)  # (lacks, has) -> names
 
     def run(self) -> None:
+        fault = self.method.check_given(self.result.given)
+        if fault:
+            self.result.problems.append(
+                Problem(f"{self.method.name}: {fault}", place=self.recipe.place("merge_method"))
+            )
         for module in self.recipe.modules:
             for piece in module.slices:
                 self._check_inputs(piece)

@@ -21,10 +21,14 @@ def _uses_base(given: Collection[str]) -> bool:
     return "ratio" in given
 
 
+def _check_given(given: Collection[str]) -> str | None:
+    if {"ratio", "weight"} <= set(given):
+        return "`ratio` (base_model and one model) and `weight` (a list of models) contradict each other"
+    return None
+
+
 def _check(job: Job) -> str | None:
     if "ratio" in job.shared:
-        if any("weight" in model for model in job.models):
-            return "`ratio` (base_model and one model) and `weight` (a list of models) contradict each other"
         return None if len(job.models) == 1 else f"`ratio` interpolates base_model and one model, not {len(job.models)}"
     missing = [k for k, model in enumerate(job.models) if "weight" not in model]
     if missing:
@@ -58,5 +62,6 @@ METHOD = Method(
     shared={"ratio": Parameter(), "normalize": NORMALIZE_ON},
     per_model={"weight": Parameter()},
     uses_base=_uses_base,
+    check_given=_check_given,
     check=_check,
 )

@@ -134,10 +134,10 @@ class Method:
     """A merge method.
 
     `uses_base(given)` tells, from the names of the parameters a recipe gives, whether the base takes part in the
-    arithmetic; `n_models` is how many models besides the base it accepts (least, most). `check` names contradictions
-    among a job's resolved parameters. `measure(kernels, jobs)` returns None when these jobs need no measuring;
-    `measures_together` tells whether a job must be measured together with all others (a threshold over the whole
-    model) or alone.
+    arithmetic; `n_models` is how many models besides the base it accepts (least, most). `check_given` names
+    contradictions among those names, `check` among a job's resolved parameters. `measure(kernels, jobs)` returns None
+    when these jobs need no measuring; `measures_together` tells whether a job must be measured together with all
+    others (a threshold over the whole model) or alone.
     """
 
     name: str
@@ -146,6 +146,7 @@ class Method:
     per_model: Mapping[str, Parameter] = field(default_factory=dict)
     uses_base: Callable[[Collection[str]], bool] = _always
     n_models: tuple[int, int | None] = (1, None)
+    check_given: Callable[[Collection[str]], str | None] = lambda given: None
     check: Callable[[Job], str | None] = lambda job: None
     measure: Callable[[Kernels, Sequence[Job]], Measurement | None] | None = None
     measures_together: Callable[[Job], bool] = lambda job: False
