@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -226,20 +227,25 @@ def test_a_real_processor_still_loads(tmp_path: Path) -> None:
 def test_the_config_says_the_dtype_that_the_weights_have(
     out_dtype: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
+    """On top and in its parts, under the old name and the new."""
     parents = saved_parents("idefics3", tmp_path_factory.getbasetemp())
+    base = tmp_path / "base"
+    shutil.copytree(parents["fp32 base"], base)
+    config = json.loads((base / "config.json").read_text())
+    config["text_config"]["torch_dtype"] = config["vision_config"]["dtype"] = "float64"
+    (base / "config.json").write_text(json.dumps(config))
     out = merged(
         tmp_path,
         merge_method="linear",
-        base_model=parents["fp32 base"],
+        base_model=base,
         models=[{"model": parents["fp32 one"]}],
         parameters={"ratio": 0.5},
         dtype="float32",
         out_dtype=out_dtype,
     )
     config = json.loads((out / "config.json").read_text())
-    said = [section.get("dtype") for section in (config, config["text_config"], config["vision_config"])]
-    assert said[0] == out_dtype
-    assert set(said) <= {out_dtype, None}
+    said = config["dtype"], config["text_config"]["torch_dtype"], config["vision_config"]["dtype"]
+    assert said == (out_dtype,) * 3
     wanted = getattr(torch, out_dtype)
     assert {tensor.dtype for tensor in read_weights(out).values()} == {wanted}
     model, _ = FAMILIES["idefics3"].load(out)
