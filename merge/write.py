@@ -237,8 +237,12 @@ def tidy(folder: Path) -> None:
 
 def reserved_bytes(folder: Path) -> int:
     """What an interrupted merge holds on the disk: a merge to the same folder takes it over, or frees it first."""
-    files = [path for path in (_partial(folder) / "checkpoint").glob("*") if path.is_file()]
-    return sum(getattr(os.stat(path), "st_blocks", 0) * 512 for path in files)  # Windows does not say
+    try:
+        with os.scandir(_partial(folder) / "checkpoint") as entries:
+            # Windows does not say how much of a file is on the disk
+            return sum(getattr(entry.stat(), "st_blocks", 0) * 512 for entry in entries)
+    except OSError:
+        return 0
 
 
 def finished_before(folder: Path, fingerprint: str) -> bool:

@@ -53,7 +53,7 @@ class Shared(Silent):
     def advance(self, n_bytes: int) -> None:
         self.done += n_bytes
         self.page[:] = struct.pack("<q", self.done)
-        time.sleep(0.002)  # so that the watcher can act before the next step
+        time.sleep(0.001)  # so that the watcher can act before the next step
 
     def seen(self) -> int:
         (done,) = struct.unpack("<q", self.page[:])
@@ -168,7 +168,7 @@ def kill_at_a_moment(pid: int, dice: random.Random, progress: Shared, usual_s: f
             return status
         if reached is None and progress.seen() >= target:
             reached = time.perf_counter()
-        time.sleep(0)
+        time.sleep(0.0003)
     os.kill(pid, signal.SIGKILL)
     return os.waitpid(pid, 0)[1]
 
