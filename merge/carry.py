@@ -79,6 +79,19 @@ def config_bytes(config: dict[str, Any]) -> bytes:
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
+def tokenizer_note(recipe: Recipe, layout: Checkpoint, checkpoints: dict[ModelReference, Checkpoint]) -> list[str]:
+    """A word where inputs have another tokenizer than the base and the recipe does not say that it knows."""
+    if recipe.tokenizer_source is not None:
+        return []
+    names = [c.reference for c in checkpoints.values() if _differs(c, layout)]
+    if not names:
+        return []
+    return [
+        f"{', '.join(dict.fromkeys(names))} has other tokenizer files than {layout.reference}: embeddings are merged "
+        "row by row, and the latter's files are carried (`tokenizer_source: base` says that this is meant)"
+    ]
+
+
 def check_tokenizer(recipe: Recipe, layout: Checkpoint, checkpoints: dict[ModelReference, Checkpoint]) -> list[Problem]:
     """`tokenizer_source` can be followed as long as all tokenizers are the same: rows are merged by position."""
     wanted = recipe.tokenizer_source
@@ -93,7 +106,7 @@ def check_tokenizer(recipe: Recipe, layout: Checkpoint, checkpoints: dict[ModelR
                 expected="base, union, or one of " + ", ".join(str(reference) for reference in checkpoints),
             )
         ]
-    different = [c.reference for c in named if _tokenizer(c.folder) != _tokenizer(layout.folder)]
+    different = [c.reference for c in named if _differs(c, layout)]
     if not different:
         return []
     return [
@@ -121,6 +134,12 @@ def check_chat_template(recipe: Recipe) -> list[Problem]:
             remedy="write the template itself here, or leave this out",
         )
     ]
+
+
+def _differs(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether it has a tokenizer, and another than the other."""
+    theirs = _tokenizer(one.folder)
+    return any(theirs) and theirs != _tokenizer(other.folder)
 
 
 def _tokenizer(folder: Path) -> list[bytes | None]:

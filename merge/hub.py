@@ -16,6 +16,12 @@ _BESIDE_WEIGHTS = [
     "*.model",
     "*.jinja",
     "*.tiktoken",
+    "*.spm",
+    "*.vocab",
+    "*.bpe",
+    "*.py",
+    "LICENSE*",
+    "NOTICE*",
 ]  # what a loader needs and a merge carries on
 _REMEDIES = {
     "GatedRepoError": "accept the model's terms on its page, then log in with `hf auth login`",
@@ -56,7 +62,8 @@ def fetch(hub_id: str, revision: str | None, not_local: str) -> tuple[Path, str]
         siblings = hub.HfApi().model_info(hub_id, revision=commit).siblings or []
         layout = choose([file.rfilename for file in siblings if "/" not in file.rfilename], hub_id)
         weights = set(read_index(folder / layout.index).values()) if layout.index else set(layout.files)
-        hub.snapshot_download(hub_id, revision=commit, allow_patterns=[glob.escape(name) for name in sorted(weights)])
+        wanted = [*(glob.escape(name) for name in sorted(weights)), "additional_chat_templates/*.jinja"]
+        hub.snapshot_download(hub_id, revision=commit, allow_patterns=wanted)
     except Refused:
         raise
     except Exception as error:  # huggingface_hub lets the exceptions of its HTTP library through, whichever that is

@@ -111,10 +111,20 @@ class _Assembler:
                 self._whole(module, names)
         self._explain_missing()
         self.result.problems.extend(self.resolver.problems())
+        self._check_together()
         if self.recipe.base_model and not self.uses_base and self.recipe.base_model not in self._listed():
             self.result.notes.append(
                 f"{self.recipe.base_model} gives the layout, config and tokenizer; {self.method.name} "
                 "with weights averages the listed models alone"
+            )
+
+    def _check_together(self) -> None:
+        jobs = [output.job for output in self.result.outputs if output.job is not None]
+        together = [job for job in jobs if self.method.measures_together(job)]
+        fault = self.method.check_together(together) if not self.result.problems else None
+        if fault:
+            self.result.problems.append(
+                Problem(f"{self.method.name}: {fault}", place=self.recipe.place("merge_method"))
             )
 
     def _listed(self) -> set[ModelReference]:
@@ -153,7 +163,7 @@ class _Assembler:
                     f"{self.method.name} merges {'exactly' if least == most else 'at least'} {least} "
                     f"model{'s' if least > 1 else ''}{besides}",
                     place=place,
-                    found=f"{n}: " + ", ".join(str(piece.sources[i].model) for i in self._models(piece)),
+                    found=", ".join(str(piece.sources[i].model) for i in self._models(piece)) or "none",
                 )
             )
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ggez_merge import __version__
-from ggez_merge.carry import check_chat_template, check_tokenizer
+from ggez_merge.carry import check_chat_template, check_tokenizer, tokenizer_note
 from ggez_merge.check import nearest
 from ggez_merge.checkpoint import ITEM_BITS, Checkpoint, open_checkpoint
 from ggez_merge.errors import Problem, Refused
@@ -143,7 +143,7 @@ def make_plan(recipe: Recipe, out: Path | None = None) -> Plan:
         folder=folder,
         config=assembled.config,
         given=assembled.given,
-        notes=tuple(assembled.notes),
+        notes=(*assembled.notes, *tokenizer_note(recipe, assembled.layout, checkpoints)),
     )
 
 

@@ -131,8 +131,12 @@ class TestTokenizers:
         (problem,) = refusals(pair, INTERPOLATE, [f"tokenizer_source={source}"])
         assert problem.what.startswith("the tokenizers differ")
         assert problem.found == "one"
-        assert plan_of(pair, INTERPOLATE, overrides=["tokenizer_source=base"])
-        assert plan_of(pair, INTERPOLATE)
+
+    def test_different_ones_are_worth_a_note_unless_the_recipe_knows(self, pair: Path) -> None:
+        (pair / "one" / "tokenizer.json").write_text('{"model": 2}')
+        (note,) = plan_of(pair, INTERPOLATE).notes
+        assert note.startswith("one has other tokenizer files than base")
+        assert plan_of(pair, INTERPOLATE, overrides=["tokenizer_source=base"]).notes == ()
 
     def test_a_model_that_is_none_of_the_recipes(self, pair: Path) -> None:
         (problem,) = refusals(pair, INTERPOLATE, ["tokenizer_source=two"])

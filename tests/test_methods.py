@@ -300,6 +300,10 @@ def test_different_densities_over_the_whole_model_keep_their_mean(tmp_path: Path
     whole, kept = (np.concatenate([state["a.w"], state["b.w"]]) for state in (states[1], found))
     assert set(np.flatnonzero(kept)) == set(np.argsort(-np.abs(whole))[:120])
 
+    ties = {"scope": "global", "ties": [{"filter": "a.", "value": "all"}, {"value": "index"}]}
+    with pytest.raises(Refused, match="`ties` must be the same for all tensors"):
+        merged(tmp_path / "again", merge_method="ties", base_model=base, models=models, parameters=ties)
+
 
 # --- parameters ------------------------------------------------------------------------------------------------------
 

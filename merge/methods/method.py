@@ -137,7 +137,7 @@ class Method:
     arithmetic; `n_models` is how many models besides the base it accepts (least, most). `check_given` names
     contradictions among those names, `check` among a job's resolved parameters. `measure(kernels, jobs)` returns None
     when these jobs need no measuring; `measures_together` tells whether a job must be measured together with all
-    others (a threshold over the whole model) or alone.
+    others (a threshold over the whole model) or alone; `check_together` names contradictions among those jobs.
     """
 
     name: str
@@ -150,6 +150,7 @@ class Method:
     check: Callable[[Job], str | None] = lambda job: None
     measure: Callable[[Kernels, Sequence[Job]], Measurement | None] | None = None
     measures_together: Callable[[Job], bool] = lambda job: False
+    check_together: Callable[[Sequence[Job]], str | None] = lambda jobs: None
 
 
 WEIGHT = Parameter(required=True)

@@ -51,6 +51,12 @@ def _n_kept_together(parts: Sequence[tuple[float, int]]) -> int:
     return n_kept(mean, total)
 
 
+def _check_together(jobs: Sequence[Job]) -> str | None:
+    if len({job.shared["ties"] for job in jobs}) > 1:
+        return "`ties` must be the same for all tensors that share one threshold (`scope: global`)"
+    return None
+
+
 def elect(kernels: Kernels, job: Job, sparsify: Sequence[Sparsify] | None) -> Apply:
     """The second half of TIES on deltas sparsified in whatever way."""
     weights = job.numbers("weight")
@@ -89,4 +95,5 @@ METHOD = Method(
     per_model={"weight": WEIGHT, "density": Parameter(default=1.0, low=0, high=1)},
     measure=_measure,
     measures_together=lambda job: job.shared["scope"] == "global",
+    check_together=_check_together,
 )
