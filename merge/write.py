@@ -32,7 +32,7 @@ from ggez_merge.shards import Shard
 
 REPORT = "merge_report.json"
 JOURNAL = "journal.jsonl"
-PROBE_BYTES = 64 << 20
+PROBE_BYTES = 32 << 20
 WORTH_PROBING_BYTES = 1 << 30
 O_DIRECT = getattr(os, "O_DIRECT", 0)
 
