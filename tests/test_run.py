@@ -291,6 +291,22 @@ class TestIdentities:
         assert bytes_of(trio, DARE, set_all(seed=1.0)) == first
         assert bytes_of(trio, DARE, set_all(seed=2)) != first
 
+    def test_every_model_and_every_tensor_drops_entries_of_its_own(self, tmp_path: Path) -> None:
+        n = 20_000
+        for model, value in (("base", 0), ("one", 1), ("two", 2)):
+            write_checkpoint(tmp_path / model, {name: np.full(n, value, np.float32) for name in ("x", "y")})
+        recipe = """
+        merge_method: dare_linear
+        base_model: base
+        models: [model: one, model: two]
+        parameters: {weight: 1, density: 0.25, rescale: false}
+        """
+        found = arrays_of(tmp_path, recipe)
+        assert not np.array_equal(found["x"], found["y"])
+        for array in found.values():
+            shares = [np.count_nonzero(array == value) / n for value in range(4)]
+            np.testing.assert_allclose(shares, [9 / 16, 3 / 16, 3 / 16, 1 / 16], atol=0.02)
+
     def test_slerp_of_orthogonal_tensors_is_on_the_arc(self, tmp_path: Path) -> None:
         write_checkpoint(tmp_path / "base", {"x": np.array([1, 0, 0], np.float64)})
         write_checkpoint(tmp_path / "one", {"x": np.array([0, 1, 0], np.float64)})
