@@ -1,7 +1,8 @@
 """Whole merges, whole processes: ggez-merge, the same engine that only copies (the limit of the disk), and mergekit.
 
     python benchmarks/make_models.py /data/models
-    python benchmarks/bench_merge.py /data/models --csv benchmarks/results/merge.csv
+    python benchmarks/bench_merge.py /data/models --mergekit /other/venv/bin/mergekit-yaml \\
+        --csv benchmarks/results/merge.csv
 
 Every tool runs the same recipe file on the same inputs, in turn, so that a noisy moment meets all of them. Wall time is
 that of the whole process from start to exit, peak memory the kernel's own account of it (VmHWM). ggez-merge brings its
@@ -48,10 +49,10 @@ class Run:
     peak_bytes: int
 
 
-def command(tool: str, recipe: Path, out: Path) -> list[str]:
+def command(tool: str, mergekit: Path, recipe: Path, out: Path) -> list[str]:
     """How a tool is called."""
     if tool == "mergekit":
-        return [str(Path(sys.executable).with_name("mergekit-yaml")), str(recipe), str(out)]
+        return [str(mergekit), str(recipe), str(out)]
     if tool == "copy":
         return [sys.executable, str(Path(__file__).with_name("copy_limit.py")), str(recipe), str(out)]
     return [sys.executable, "-m", "ggez_merge", str(recipe), "--out", str(out), "--quiet"]
@@ -83,7 +84,9 @@ def prepare(models: Path, cold: bool) -> None:
                 pass
 
 
-def measure(models: Path, method: str, tools: Sequence[str], repeats: int, cold: bool) -> dict[str, list[Run]]:
+def measure(
+    models: Path, method: str, tools: Sequence[str], mergekit: Path, repeats: int, cold: bool
+) -> dict[str, list[Run]]:
     """Every tool `repeats` times, in turn. What a tool wrote is removed before the next starts."""
     recipe = models / f"{method}.yaml"
     recipe.write_text(RECIPES[method])
@@ -93,7 +96,7 @@ def measure(models: Path, method: str, tools: Sequence[str], repeats: int, cold:
             out = models / "merged"
             shutil.rmtree(out, ignore_errors=True)
             prepare(models, cold)
-            runs[tool].append(timed(command(tool, recipe, out), models))
+            runs[tool].append(timed(command(tool, mergekit, recipe, out), models))
             print(f"{method} {tool}: {runs[tool][-1].seconds:.2f} s", file=sys.stderr, flush=True)
             shutil.rmtree(out)
     return runs
@@ -111,6 +114,8 @@ def main() -> None:
     parser.add_argument("models", type=Path, help="folder that make_models.py wrote")
     parser.add_argument("--methods", nargs="+", default=["linear", "task_arithmetic", "ties"], choices=list(RECIPES))
     parser.add_argument("--tools", nargs="+", default=["ggez-merge", "copy", "mergekit"])
+    beside = Path(sys.executable).with_name("mergekit-yaml")
+    parser.add_argument("--mergekit", type=Path, default=beside, help="its command, in an environment of its own")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cold", action="store_true", help="drop the page cache before every run")
     parser.add_argument("--csv", type=Path, help="append the results here")
@@ -119,7 +124,7 @@ def main() -> None:
     size = sum(path.stat().st_size for path in (models / "base").glob("*.safetensors"))
     rows = []
     for method in arguments.methods:
-        runs = measure(models, method, arguments.tools, arguments.repeats, arguments.cold)
+        runs = measure(models, method, arguments.tools, arguments.mergekit, arguments.repeats, arguments.cold)
         ours = statistics.median(run.seconds for run in runs["ggez-merge"]) if "ggez-merge" in runs else None
         for tool, of_tool in runs.items():
             seconds = [run.seconds for run in of_tool]
@@ -137,9 +142,7 @@ def main() -> None:
                     "cache": "cold" if arguments.cold else "warm",
                     "machine": processor(),
                     "system": platform.platform(),
-                    "versions": " ".join(
-                        f"{name} {version(name)}" for name in ("ggez-merge", "mergekit", "torch", "numba")
-                    ),
+                    "versions": " ".join(f"{name} {version(name)}" for name in ("ggez-merge", "torch", "numba")),
                     "date": time.strftime("%Y-%m-%d"),
                 }
             )
