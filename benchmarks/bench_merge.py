@@ -1,4 +1,4 @@
-"""Whole merges, whole processes: ggez-merge, the same engine that only copies (the limit of the disk), and mergekit.
+"""Whole merges, whole processes: ggez-merge, the same engine that only copies, and mergekit.
 
     python benchmarks/make_models.py /data/models
     python benchmarks/bench_merge.py /data/models --mergekit /other/venv/bin/mergekit-yaml \\
@@ -85,14 +85,14 @@ def prepare(models: Path, cold: bool) -> None:
 
 
 def measure(
-    models: Path, method: str, tools: Sequence[str], mergekit: Path, repeats: int, cold: bool
+    models: Path, method: str, tools: Sequence[str], mergekit: Path, repeats: int, slow_repeats: int, cold: bool
 ) -> dict[str, list[Run]]:
-    """Every tool `repeats` times, in turn. What a tool wrote is removed before the next starts."""
+    """Every tool `repeats` times (mergekit `slow_repeats`), in turn. What one wrote is removed before the next."""
     recipe = models / f"{method}.yaml"
     recipe.write_text(RECIPES[method])
     runs: dict[str, list[Run]] = {tool: [] for tool in tools}
-    for _ in range(repeats):
-        for tool in tools:
+    for number in range(repeats):
+        for tool in tools if number < slow_repeats else [tool for tool in tools if tool != "mergekit"]:
             out = models / "merged"
             shutil.rmtree(out, ignore_errors=True)
             prepare(models, cold)
@@ -117,6 +117,7 @@ def main() -> None:
     beside = Path(sys.executable).with_name("mergekit-yaml")
     parser.add_argument("--mergekit", type=Path, default=beside, help="its command, in an environment of its own")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--mergekit-repeats", type=int, default=3, help="fewer where it takes minutes")
     parser.add_argument("--cold", action="store_true", help="drop the page cache before every run")
     parser.add_argument("--csv", type=Path, help="append the results here")
     arguments = parser.parse_args()
@@ -124,7 +125,15 @@ def main() -> None:
     size = sum(path.stat().st_size for path in (models / "base").glob("*.safetensors"))
     rows = []
     for method in arguments.methods:
-        runs = measure(models, method, arguments.tools, arguments.mergekit, arguments.repeats, arguments.cold)
+        runs = measure(
+            models,
+            method,
+            arguments.tools,
+            arguments.mergekit,
+            arguments.repeats,
+            arguments.mergekit_repeats,
+            arguments.cold,
+        )
         ours = statistics.median(run.seconds for run in runs["ggez-merge"]) if "ggez-merge" in runs else None
         for tool, of_tool in runs.items():
             seconds = [run.seconds for run in of_tool]

@@ -1,36 +1,46 @@
-"""The engine's own limit: reads, writes and hashes what the recipe's method would, but only copies the first input.
+"""The engine's own limit: reads, hashes and writes what the recipe's method would, but its kernel only copies.
 
-python benchmarks/copy_limit.py recipe.yaml OUT
+    python benchmarks/copy_limit.py recipe.yaml OUT
+
+Where the method measures first, everything is read for that too, and nothing computed. What the output holds is the
+first input; what the run costs is start-up, reading, hashing and writing.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 
 from ggez_kernels.sparsify import Stats
 from ggez_merge.merge import merge
-from ggez_merge.methods.method import Apply, Job, Kernels, Method
+from ggez_merge.methods.method import Apply, Job, Kernels, Measurement, Method, Sweep
 from ggez_merge.plan import make_plan
 from ggez_merge.progress import Silent
 from ggez_merge.recipe import load_recipe
 
 
-def copy_first(kernels: Kernels, job: Job, measured: Any) -> Apply:
-    """out = the first input, as bytes."""
+def only_read(kernels: Kernels, jobs: Sequence[Job]) -> Measurement:
+    """One sweep over all tiles that looks at none."""
+    yield Sweep(lambda tile: 0)
+    return [None] * len(jobs)
+
+
+def copy_first(kernels: Kernels, job: Job, measured: None) -> Apply:
+    """out = the first input, through the kernel that converts a single one."""
 
     def apply(out: Any, base: Any, models: Any, start: int) -> Stats:
-        np.copyto(out.view(np.uint8), (models[0] if base is None else base).view(np.uint8))
-        n_inputs = len(models) + (base is not None)
-        return Stats((0,) * n_inputs, 0, (0.0,) * len(models))
+        stats = kernels.linear(out, None, [models[0] if base is None else base], [1.0], start=start)
+        others = len(models) - (base is None)
+        return replace(stats, nonfinite=stats.nonfinite + (0,) * others, delta_squares=(0.0,) * len(models))
 
     return apply
 
 
 if __name__ == "__main__":
     plan = make_plan(load_recipe(Path(sys.argv[1])), Path(sys.argv[2]))
-    merge(replace(plan, method=Method(name=plan.method.name, combine=copy_first)), progress=Silent())
+    copying = Method(name=plan.method.name, combine=copy_first, measure=only_read if plan.method.measure else None)
+    merge(replace(plan, method=copying), progress=Silent())

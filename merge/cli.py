@@ -68,9 +68,9 @@ def merge_command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, from headers alone.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: the answer as JSON.")] = False,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Workers; by default as many as cores, and two more.")
+        int | None, typer.Option(min=1, help="Workers; by default one more than there are cores, at most 16.")
     ] = None,
-    memory: Annotated[str, typer.Option(help="Budget for all buffers, e.g. 512MB.")] = "256MiB",
+    memory: Annotated[str, typer.Option(help="Budget for all buffers, e.g. 512MB.")] = "192MiB",
     device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted merge.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier merge.")] = False,

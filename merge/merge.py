@@ -14,7 +14,7 @@ from ggez_merge.run import Outcome, Progress, Stop, run, sizing
 from ggez_merge.shards import index_json
 from ggez_merge.write import REPORT, Staging, finished_before, stage, tidy
 
-DEFAULT_MEMORY_BYTES = 256 << 20
+DEFAULT_MEMORY_BYTES = 192 << 20
 
 
 def merge(

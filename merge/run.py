@@ -30,6 +30,7 @@ from ggez_merge.shards import Block, Span, block_bytes, blocks
 from ggez_merge.write import ShardWriter, Staging, latest, prefers_direct
 
 HASH_BUFFER_BYTES = 1 << 20
+MOST_THREADS = 16
 
 
 class Progress(Protocol):
@@ -93,10 +94,10 @@ class Sizing:
 def sizing(plan: Plan, threads: int | None, memory_bytes: int) -> Sizing:
     """Threads, their arenas and the block size for a budget; Refused if the budget is too small for a single block.
 
-    By default as many workers as cores and two more, since direct writes wait for the disk without using a core.
-    Fewer workers are used if that is what the budget allows.
+    By default as many workers as cores and one more, since a direct write waits for the disk without using a core,
+    but no more than any disk keeps busy. Fewer workers are used if that is what the budget allows.
     """
-    wanted = threads or (os.cpu_count() or 1) + 2
+    wanted = threads or min((os.cpu_count() or 1) + 1, MOST_THREADS)
     for workers in range(min(wanted, max(1, plan.write_bytes // (64 << 10) + 1)), 0, -1):
         arena = (memory_bytes - HASH_BUFFER_BYTES) // workers
         block = block_bytes(arena, plan.n_inputs, plan.widening)

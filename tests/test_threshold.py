@@ -35,7 +35,7 @@ def test_compiled_counts_are_those_of_the_definition(case: Case, data: Any) -> N
         (some, KEYS, 12),
     ):
         found = histogram(base, model, low=low, high=high, shift=shift)
-        assert found.dtype == np.int64
+        assert found.dtype == np.uint32
         assert found.tolist() == definition.histogram(base, model, low=low, high=high, shift=shift).tolist()
         inside = key[(key >= low) & (key < high)].astype(np.int64) - low
         assert found[:-1].tolist() == np.bincount(inside >> shift, minlength=len(found) - 1).tolist()
@@ -95,7 +95,7 @@ def test_counts_of_tiles_add_up(case: Case, data: Any) -> None:
     parts = [case.tile(begin, end) for begin, end in zip(cuts, cuts[1:], strict=False)]
     total = sum(
         (histogram(p.base, p.models[0], low=0, high=KEYS, shift=20) for p in parts if p.base is not None),
-        np.zeros(2049, np.int64),
+        np.zeros(2049, np.uint32),
     )
     assert whole.tolist() == total.tolist()
     assert whole.sum() == size

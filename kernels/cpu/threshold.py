@@ -11,12 +11,13 @@ from .rounding import widen
 from .strips import ADDRESS, CODE, STRIP, Array, magnitude_key, prepare, widen_delta
 
 TABLES = 4
+LANES = 16
 
 
 def histogram(base: Array, model: Array, *, low: int, high: int, shift: int = 0) -> Array:
     """h[v] = how many keys in [low, high) have (key - low) >> shift == v; one more entry counts those >= high.
 
-    key = the 31 low bits of float32(model - base), as in `Sparsify`. Answers int64[((high - low - 1) >> shift) + 2];
+    key = the 31 low bits of float32(model - base), as in `Sparsify`. Answers uint32[((high - low - 1) >> shift) + 2];
     the histograms of a tensor's tiles add up to the tensor's. Arrays as for `linear`.
     """
     if not 0 <= low < high <= 1 << 31 or not 0 <= shift < 31:
@@ -27,9 +28,9 @@ def histogram(base: Array, model: Array, *, low: int, high: int, shift: int = 0)
         raise ValueError(f"{call.size} elements in one call overflow 32-bit counters: count tiles and add up")
     tables = np.zeros((TABLES if high - low == 1 << 31 else 1, bins + 1), np.uint32)
     rows = np.empty((2, STRIP), call.work)
-    keys = np.empty(STRIP, np.uint32)
-    _histogram(call.table, call.size, np.uint32(low), np.int64(high), np.uint32(shift), rows, keys, tables)
-    total: Array = tables.sum(axis=0, dtype=np.int64)
+    keys, marks = np.empty(STRIP, np.uint32), np.empty(STRIP // LANES, np.uint32)
+    _histogram(call.table, call.size, np.uint32(low), np.int64(high), np.uint32(shift), rows, keys, marks, tables)
+    total: Array = tables[0] if len(tables) == 1 else tables.sum(axis=0, dtype=np.uint32)
     return total
 
 
@@ -62,7 +63,9 @@ def fill_keys(table: Any, first: Any, n: Any, rows: Any, keys: Any) -> None:
 
 
 @compiled
-def _histogram(table: Any, size: Any, low: Any, high: Any, shift: Any, rows: Any, keys: Any, tables: Any) -> None:
+def _histogram(
+    table: Any, size: Any, low: Any, high: Any, shift: Any, rows: Any, keys: Any, marks: Any, tables: Any
+) -> None:
     width = np.uint32(high - low)
     above = 0
     for first in range(0, size, STRIP):
@@ -75,13 +78,24 @@ def _histogram(table: Any, size: Any, low: Any, high: Any, shift: Any, rows: Any
             continue
         for i in range(n):
             above += 1 if keys[i] >= high else 0
-        found = 0
-        for i in range(n):
-            offset = np.uint32(keys[i] - low)
-            keys[found] = offset
-            found += 1 if offset < width else 0
-        for i in range(found):
-            tables[0, keys[i] >> shift] += np.uint32(1)
+        # few keys are inside: vector comparisons mark them, a bit for each of LANES runs of the strip
+        run = (n + LANES - 1) // LANES
+        for i in range(n, run * LANES):
+            keys[i] = np.uint32(low - 1)  # outside; what high bits there are to fill
+        for g in range(run):
+            marks[g] = 0
+        for lane in range(LANES):
+            for g in range(run):
+                inside = np.uint32(keys[lane * run + g] - low) < width
+                marks[g] |= np.uint32(inside) << np.uint32(lane)
+        for g in range(run):
+            mark = marks[g]
+            lane = 0
+            while mark:
+                if mark & np.uint32(1):
+                    tables[0, np.uint32(keys[lane * run + g] - low) >> shift] += np.uint32(1)
+                mark >>= np.uint32(1)
+                lane += 1
     tables[0, tables.shape[1] - 1] += np.uint32(above)
 
 

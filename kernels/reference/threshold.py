@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from ggez_kernels.sparsify import NAN_KEY
@@ -21,14 +22,14 @@ def _keys(base: Array, model: Array) -> torch.Tensor:
 
 
 def histogram(base: Array, model: Array, *, low: int, high: int, shift: int = 0) -> Array:
-    """h[v] = #{i : low <= key_i < high and (key_i - low) >> shift == v}, then #{i : key_i >= high}; all int64."""
+    """h[v] = #{i : low <= key_i < high and (key_i - low) >> shift == v}, then #{i : key_i >= high}; all uint32."""
     if not 0 <= low < high <= 1 << 31 or not 0 <= shift < 31:
         raise ValueError(f"low {low}, high {high} and shift {shift} must select keys of 31 bits")
     key = _keys(base, model).to(torch.int64)
     inside = key[(key >= low) & (key < high)]
     counts = torch.bincount((inside - low) >> shift, minlength=((high - low - 1) >> shift) + 2)
     counts[-1] = (key >= high).sum()
-    answer: Array = counts.numpy()
+    answer: Array = counts.numpy().astype(np.uint32)
     return answer
 
 

@@ -25,8 +25,8 @@ KEYS = 1 << 31
 ABOVE_ALL = KEYS - 1  # no finite magnitude has more bits set
 SAMPLE_SLICES = 16  # spread evenly over a tile
 SAMPLE_SHARE = 16  # one entry in so many
-SAMPLE_LEAST = 1 << 14  # entries of a tile below which all are taken
-WIDEST = 8  # bins that are counted key by key; a sample that leaves more open is no help
+SAMPLE_LEAST = 1 << 18  # entries of a tile below which all are taken
+MOST_BINS = 32  # that all models together may have counted key by key, 256 KiB each; one a model if need be
 
 
 def n_kept(density: float, n: int) -> int:
@@ -71,32 +71,34 @@ def _select(
     """
     kth: dict[int, int] = {}
     wanted: dict[int, int] = {}
+    counter = np.int64 if total >> 32 else np.uint32  # what tiles' counts are added up in
     for share in (SAMPLE_SHARE, 1):
         open_models = [m for m in keep if m not in kth]
         if not open_models:
             break
 
         def sample(tile: Tile, models: list[int] = open_models, share: int = share) -> np.ndarray:
-            return np.stack([_bins(kernels, tile.base, tile.models[m], share) for m in models])
+            return np.stack([_bins(kernels, tile.base, tile.models[m], share) for m in models], dtype=counter)
 
         ranges = {}
         for m, bins in zip(open_models, (yield Sweep(sample)), strict=True):
             low, high = _range(bins, keep[m], total)
-            if high - low <= WIDEST or share == 1:
+            if high - low <= max(1, MOST_BINS // len(open_models)) or share == 1:
                 ranges[m] = low << COARSE, high << COARSE
 
         def count(tile: Tile, ranges: dict[int, tuple[int, int]] = ranges) -> np.ndarray:
-            return np.concatenate(
-                [kernels.histogram(tile.base, tile.models[m], low=low, high=high) for m, (low, high) in ranges.items()]
-            )
+            counts = [
+                kernels.histogram(tile.base, tile.models[m], low=low, high=high) for m, (low, high) in ranges.items()
+            ]
+            return np.concatenate(counts, dtype=counter)
 
-        counted: np.ndarray = (yield Sweep(count)) if ranges else np.zeros(0, np.int64)
+        counted: np.ndarray = (yield Sweep(count)) if ranges else np.zeros(0, counter)
         at = 0
         for m, (low, high) in ranges.items():
             counts = counted[at : at + high - low + 1]
             at += high - low + 1
-            if counts[-1] < keep[m] <= counts.sum():
-                key, need = _bin_of(counts, keep[m])
+            key, need = _bin_of(counts, keep[m])
+            if 0 <= key < high - low:
                 kth[m] = low + key
                 if need < counts[key]:
                     wanted[m] = need
@@ -127,11 +129,11 @@ def _range(bins: np.ndarray, k: int, total: int) -> tuple[int, int]:
 
 
 def _bin_of(counts: np.ndarray, k: int) -> tuple[int, int]:
-    """The bin that holds the k-th largest entry, and how many of that bin belong to the k largest."""
-    from_top = np.cumsum(counts[::-1])
+    """The bin that holds the k-th largest entry (-1 if none), and how many of that bin belong to the k largest."""
+    from_top = np.cumsum(counts[::-1], dtype=np.int64)
     position = int(np.searchsorted(from_top, k))
     bin_index = len(counts) - 1 - position
-    return bin_index, int(k - (from_top[position] - counts[bin_index]))
+    return bin_index, k - int(from_top[position - 1]) if position else k
 
 
 def _last_ties(
