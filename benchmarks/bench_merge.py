@@ -52,7 +52,7 @@ class Run:
 def command(tool: str, mergekit: Path, recipe: Path, out: Path) -> list[str]:
     """How a tool is called."""
     if tool == "mergekit":
-        return [str(mergekit), str(recipe), str(out)]
+        return [str(mergekit), str(recipe), str(out), "--no-copy-tokenizer"]  # the models have none
     if tool == "copy":
         return [sys.executable, str(Path(__file__).with_name("copy_limit.py")), str(recipe), str(out)]
     return [sys.executable, "-m", "ggez_merge", str(recipe), "--out", str(out), "--quiet"]

@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-
 from ggez_kernels.sparsify import Stats
 from ggez_merge.merge import merge
 from ggez_merge.methods.method import Apply, Job, Kernels, Measurement, Method, Sweep
