@@ -52,7 +52,8 @@ class Run:
 def command(tool: str, mergekit: Path, recipe: Path, out: Path) -> list[str]:
     """How a tool is called."""
     if tool == "mergekit":
-        return [str(mergekit), str(recipe), str(out), "--no-copy-tokenizer"]  # the models have none
+        # the models have no tokenizer, and its model card asks the hub about each of them
+        return [str(mergekit), str(recipe), str(out), "--no-copy-tokenizer", "--no-write-model-card"]
     if tool == "copy":
         return [sys.executable, str(Path(__file__).with_name("copy_limit.py")), str(recipe), str(out)]
     return [sys.executable, "-m", "ggez_merge", str(recipe), "--out", str(out), "--quiet"]
