@@ -23,7 +23,6 @@ HAS_TRITON_WHEELS = (
 
 # A lower bound is the first release with what the code calls; there is no upper bound without a known break.
 REQUIRES = [
-    "blake3>=0.4",  # update_mmap and several threads
     "einops>=0.7",
     "huggingface_hub>=1.3",  # the oldest that transformers 5 works with
     "matplotlib>=3.9",  # numpy 2
@@ -38,6 +37,7 @@ REQUIRES = [
     "transformers>=5.0",
     f"triton>=3.2; {HAS_TRITON_WHEELS}",  # the one that belongs to torch 2.6
     "typer>=0.15.4",  # earlier ones break with click 8.2
+    "xxhash>=3.5",  # lets other threads run meanwhile
 ]
 
 TEST_REQUIRES = [

@@ -10,21 +10,19 @@ output is compared with the definition in `ggez_kernels.reference`, so that no s
 from __future__ import annotations
 
 import argparse
-import csv
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import torch
+from table import processor, save, versions
 
 from ggez_kernels.cpu.drop import l1
 from ggez_kernels.cpu.gram import gram
@@ -264,20 +262,9 @@ def measure(kernel: Kernel, tensors: Tensors, threads: int, repeats: int) -> dic
         "ratio_to_copy": f"{speed / copy:.2f}",
         "torch_gb_per_s": f"{moved / statistics.median(theirs):.1f}" if theirs else "",
         "repeats": repeats,
-        "cpu": cpu(),
-        "versions": " ".join(f"{name}={version(name)}" for name in ("numba", "numpy", "torch")),
+        "machine": processor(),
+        "versions": versions("numba", "numpy", "torch"),
     }
-
-
-def cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    named = {key.strip(): value.strip() for key, value in fields.items()}
-    family = f"family {named.get('cpu family', '?')} model {named.get('model', '?')}"
-    return f"{named.get('model name', platform.machine())} ({family})"
 
 
 def main() -> None:
@@ -304,11 +291,7 @@ def main() -> None:
                     flush=True,
                 )
     if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        save(rows, arguments.out)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ read and are in the page cache; cold: the page cache was dropped (needs root).
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import platform
 import shutil
@@ -24,8 +23,9 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
+
+from table import processor, save, versions
 
 TUNED = ("sea", "latam")
 RECIPES = {
@@ -34,6 +34,8 @@ RECIPES = {
     "task_arithmetic": "merge_method: task_arithmetic\nbase_model: base\nmodels:\n"
     + "".join(f"  - {{model: {name}, parameters: {{weight: 0.5}}}}\n" for name in TUNED),
     "ties": "merge_method: ties\nbase_model: base\nparameters: {normalize: true}\nmodels:\n"
+    + "".join(f"  - {{model: {name}, parameters: {{weight: 0.5, density: 0.5}}}}\n" for name in TUNED),
+    "dare_linear": "merge_method: dare_linear\nbase_model: base\nmodels:\n"
     + "".join(f"  - {{model: {name}, parameters: {{weight: 0.5, density: 0.5}}}}\n" for name in TUNED),
     "dare_ties": "merge_method: dare_ties\nbase_model: base\nmodels:\n"
     + "".join(f"  - {{model: {name}, parameters: {{weight: 0.5, density: 0.5}}}}\n" for name in TUNED),
@@ -103,13 +105,6 @@ def measure(
     return runs
 
 
-def processor() -> str:
-    """The processor's name and how many cores this machine has."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()} x {os.cpu_count()}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, help="folder that make_models.py wrote")
@@ -152,21 +147,14 @@ def main() -> None:
                     "cache": "cold" if arguments.cold else "warm",
                     "machine": processor(),
                     "system": platform.platform(),
-                    "versions": " ".join(f"{name} {version(name)}" for name in ("ggez-merge", "torch", "numba")),
+                    "versions": versions("ggez-merge", "torch", "numba"),
                     "date": time.strftime("%Y-%m-%d"),
                 }
             )
-    table = csv.DictWriter(sys.stdout, rows[0])
-    table.writeheader()
-    table.writerows(rows)
+    for row in rows:
+        print(f"{row['method']:>16} {row['tool']:>10} {row['median_s']:>7} s {row['peak_rss_MiB']:>6} MiB")
     if arguments.csv:
-        new = not arguments.csv.exists()
-        arguments.csv.parent.mkdir(parents=True, exist_ok=True)
-        with open(arguments.csv, "a", newline="") as file:
-            table = csv.DictWriter(file, rows[0])
-            if new:
-                table.writeheader()
-            table.writerows(rows)
+        save(rows, arguments.csv, append=True)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def merge_command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, from headers alone.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: the answer as JSON.")] = False,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Workers; by default one more than there are cores, at most 16.")
+        int | None, typer.Option(min=1, help="Workers; by default as many as cores, at most 16.")
     ] = None,
     memory: Annotated[str, typer.Option(help="Budget for all buffers, e.g. 512MB.")] = "192MiB",
     device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
@@ -98,9 +98,11 @@ def merge_command(
         plan = make_plan(load_recipe(recipe, set_ or ()), out)
         if dry_run:
             from ggez_merge.dryrun import describe, show
+            from ggez_merge.write import check_output
 
             said = describe(plan, sizing(plan, threads, memory_bytes), copy_code)
             _print_json(said) if as_json else show(said)
+            check_output(plan.folder, resume=resume, overwrite=overwrite)
             return
         stop = Stop()
         began = time.perf_counter()

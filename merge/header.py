@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from blake3 import blake3
+from xxhash import xxh3_128
 
 from ggez_merge.errors import Problem, Refused
 from ggez_merge.untrusted import MAX_JSON_BYTES, printable, strict_json
@@ -70,7 +70,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class ShardFile:
-    """One file as it was when its header was read; `header_hash` is the hex BLAKE3 of the header's JSON."""
+    """One file as it was when its header was read; `header_hash` is the hex XXH3 of the header's JSON."""
 
     path: Path
     size: int
@@ -138,7 +138,7 @@ def read_shard_header(path: Path) -> tuple[list[Tensor], dict[str, str], ShardFi
         problems.append(Problem(what, str(path), None, f"{at} bytes", f"{size} bytes", _DOWNLOAD_AGAIN))
     if problems:
         raise Refused(problems)
-    return tensors, metadata, ShardFile(path, size, mtime_ns, blake3(header).hexdigest())
+    return tensors, metadata, ShardFile(path, size, mtime_ns, xxh3_128(header).hexdigest())
 
 
 def _read_header(path: Path) -> tuple[bytes, int, int]:

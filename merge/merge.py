@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from blake3 import blake3
+from xxhash import xxh3_128
 
 from ggez_merge.carry import carried_files, config_bytes, updated_config
 from ggez_merge.errors import Failed, Interrupted, Refused
@@ -58,12 +58,12 @@ def merge(
 
 def _write_files(plan: Plan, outcome: Outcome, staging: Staging, copy_code: bool) -> None:
     files: dict[str, dict[str, Any]] = {
-        shard.name: {"bytes": shard.size, "blake3": outcome.output_hashes[shard.name]} for shard in plan.shards
+        shard.name: {"bytes": shard.size, "xxh3_128": outcome.output_hashes[shard.name]} for shard in plan.shards
     }
 
     def put(name: str, content: bytes) -> None:
         staging.write_file(name, content)
-        files[name] = {"bytes": len(content), "blake3": blake3(content).hexdigest()}
+        files[name] = {"bytes": len(content), "xxh3_128": xxh3_128(content).hexdigest()}
 
     for name in carried_files(plan.layout, copy_code):
         if name != "config.json":

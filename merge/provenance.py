@@ -50,7 +50,7 @@ def role(plan: Plan, checkpoint: Checkpoint) -> str:
 def report(plan: Plan, outcome: Outcome, files: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The content of merge_report.json: what went in, what was done to each tensor, what came out.
 
-    files: name -> {"bytes", "blake3"} of every file of the output but the report and the card. Norms are Euclidean
+    files: name -> {"bytes", "xxh3_128"} of every file of the output but the report and the card. Norms are Euclidean
     (sqrt of the sum of squares, in the inputs' units), `delta_norms` those of model - base for each model.
     """
     names = labels(plan)
@@ -68,7 +68,7 @@ def report(plan: Plan, outcome: Outcome, files: dict[str, dict[str, Any]]) -> di
                 "role": role(plan, checkpoint),
                 "parameters": checkpoint.parameters,
                 "files": {
-                    file.path.name: {"bytes": file.size, "blake3": outcome.input_hashes[str(file.path)]}
+                    file.path.name: {"bytes": file.size, "xxh3_128": outcome.input_hashes[str(file.path)]}
                     for file in checkpoint.files
                 },
             }

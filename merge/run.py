@@ -94,10 +94,10 @@ class Sizing:
 def sizing(plan: Plan, threads: int | None, memory_bytes: int) -> Sizing:
     """Threads, their arenas and the block size for a budget; Refused if the budget is too small for a single block.
 
-    By default as many workers as cores and one more, since a direct write waits for the disk without using a core,
-    but no more than any disk keeps busy. Fewer workers are used if that is what the budget allows.
+    By default as many workers as cores, but no more than any disk keeps busy. Fewer are used if that is what the
+    budget allows.
     """
-    wanted = threads or min((os.cpu_count() or 1) + 1, MOST_THREADS)
+    wanted = threads or min(os.cpu_count() or 1, MOST_THREADS)
     for workers in range(min(wanted, max(1, plan.write_bytes // (64 << 10) + 1)), 0, -1):
         arena = (memory_bytes - HASH_BUFFER_BYTES) // workers
         block = block_bytes(arena, plan.n_inputs, plan.widening)
@@ -232,7 +232,7 @@ class _Run:
             (view,) = arena.carve([self.size.block_bytes])
             for number, writer in enumerate(self.writers):
                 records = latest(self.staging.records, number, len(writer.shard.header))
-                if records and writer.resume(records[-1]["bytes"], records[-1]["blake3"], view):
+                if records and writer.resume(records[-1]["bytes"], records[-1]["xxh3_128"], view):
                     for record in records:
                         for index, squares in record["deltas"]:
                             tally = self.tallies[index]
@@ -262,7 +262,7 @@ class _Run:
         def note(digest: str) -> None:
             if not self.spoilt:
                 end = block.offset + block.nbytes
-                entry = {"shard": block.shard, "from": block.offset, "bytes": end, "blake3": digest, "deltas": seen}
+                entry = {"shard": block.shard, "from": block.offset, "bytes": end, "xxh3_128": digest, "deltas": seen}
                 self.staging.record(entry)
 
         writer.hash_in_turn(out[: block.nbytes], block.offset, self.stop.event, note)

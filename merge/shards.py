@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ggez_merge.checkpoint import ITEM_BITS
 
 PAGE = 4096  # the header is padded to it, so that data starts page-aligned and direct IO can write it
-MOST_BLOCK_BYTES = 1 << 20  # inputs and output of all workers then stay in the caches; disks want no more
+MOST_BLOCK_BYTES = 2 << 20  # inputs and output of all workers then stay in the caches; disks want no more
 LEAST_BLOCK_BYTES = 64 << 10
 
 

@@ -4,7 +4,7 @@ While a merge runs, everything lives in `<output>.partial/`:
 
     checkpoint/      becomes the output folder by a single rename, when complete
     journal.jsonl    first line: what is being merged; then, per finished span of a shard, how far it is and the
-                     BLAKE3 of the file up to there
+                     XXH3 of the file up to there
 
 A shard's header is written last, so that a half-written shard is not a loadable file. A resumed merge trusts no
 byte that it has not read back and found to have the journal's hash.
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blake3 import blake3
+from xxhash import xxh3_64, xxh3_128
 
 from ggez_merge.errors import Failed, Problem, Refused
 from ggez_merge.read import Arena, align, read_exactly
@@ -44,7 +44,7 @@ class ShardWriter:
         self.path = path
         self.shard = shard
         self._turn = threading.Condition()
-        self._hasher = blake3(shard.header)
+        self._hasher = xxh3_128(shard.header)
         self.hashed = len(shard.header)
         self.direct = direct
         self._descriptor = _create(path, direct)
@@ -56,7 +56,7 @@ class ShardWriter:
 
     def resume(self, done: int, digest: str, view: memoryview) -> bool:
         """Hash what an earlier run wrote, up to byte `done`; False, and nothing changed, if it is not what it was."""
-        hasher = blake3(self.shard.header)
+        hasher = xxh3_128(self.shard.header)
         with open(self.path, "rb") as file:
             for at in range(self.hashed, done, len(view)):
                 part = view[: min(len(view), done - at)]
@@ -210,13 +210,7 @@ def _prepare(staging: Staging, fingerprint: str, *, resume: bool, overwrite: boo
     overwrite = overwrite or (continued and bool(lines[0].get("overwrite")))
     _check_output(staging.folder, overwrite)
     if waiting and not (resume or overwrite):
-        raise Refused(
-            Problem(
-                "an interrupted merge is waiting here",
-                place=str(staging.partial),
-                remedy="continue it with --resume, or start again with --overwrite",
-            )
-        )
+        raise Refused(_waiting(staging.partial))
     shutil.rmtree(staging.replaced, ignore_errors=True)
     if continued:
         os.ftruncate(staging.journal, whole_bytes)
@@ -226,6 +220,22 @@ def _prepare(staging: Staging, fingerprint: str, *, resume: bool, overwrite: boo
         os.ftruncate(staging.journal, 0)
         staging.record({"fingerprint": fingerprint, "overwrite": overwrite})
     staging.checkpoint.mkdir(exist_ok=True)
+
+
+def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refused if something in the way of this output can be seen before anything is touched."""
+    if not os.path.exists(_partial(folder)):
+        _check_output(folder, overwrite)
+    elif not (resume or overwrite):
+        raise Refused(_waiting(_partial(folder)))
+
+
+def _waiting(partial: Path) -> Problem:
+    return Problem(
+        "an interrupted merge is waiting here",
+        place=str(partial),
+        remedy="continue it with --resume, or start again with --overwrite",
+    )
 
 
 def tidy(folder: Path) -> None:
@@ -308,7 +318,7 @@ def _partial(folder: Path) -> Path:
 
 def _signed(entry: bytes) -> bytes:
     """A line of the journal: it begins with a hash of itself, so that damage shows."""
-    return blake3(entry).hexdigest(8).encode() + b" " + entry + b"\n"
+    return xxh3_64(entry).hexdigest().encode() + b" " + entry + b"\n"
 
 
 def _journal_lines(path: Path) -> tuple[list[dict[str, Any]], int]:

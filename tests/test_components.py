@@ -94,9 +94,7 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"), [(name, key) for key, names in NAMES.items() for name in names]
-)
+@pytest.mark.parametrize(("name", "expected"), [(name, key) for key, names in NAMES.items() for name in names])
 def test_component(name: str, expected: str) -> None:
     assert component(name) == ("vision tower" if name == "vision" else expected)
 
@@ -138,18 +136,13 @@ def test_layer(name: str, expected: tuple[str, int] | None) -> None:
 
 
 def test_rename_layer() -> None:
-    assert (
-        rename_layer("model.layers.3.mlp.experts.3.w1.weight", 12)
-        == "model.layers.12.mlp.experts.3.w1.weight"
-    )
+    assert rename_layer("model.layers.3.mlp.experts.3.w1.weight", 12) == "model.layers.12.mlp.experts.3.w1.weight"
     assert rename_layer("encoder.block.3.layer.0.w", 0) == "encoder.block.0.layer.0.w"
     with pytest.raises(ValueError, match="lies in no layer"):
         rename_layer("lm_head.weight", 1)
 
 
-parts = st.sampled_from(
-    ["model", "layers", "h", "block", "visual", "merger", "0", "7", "12", "weight", "x_blocks"]
-)
+parts = st.sampled_from(["model", "layers", "h", "block", "visual", "merger", "0", "7", "12", "weight", "x_blocks"])
 
 
 @given(name=st.lists(parts, max_size=8).map(".".join) | st.text(max_size=30), new=st.integers(0, 999))

@@ -123,7 +123,7 @@ def said(**outputs: Any) -> str:
     return json.dumps({"outputs": {name.replace("__", "/"): entry for name, entry in outputs.items()}})
 
 
-FINE = {"bytes": 0, "blake3": "af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262"}
+FINE = {"bytes": 0, "xxh3_128": "99aa06d3014798d86001c324468d497f"}
 LIES = {
     "no JSON": "{",
     "no text": "\udcff",
@@ -135,7 +135,7 @@ LIES = {
     "a size in words": said(x={**FINE, "bytes": "many"}),
     "a size of null": said(x={**FINE, "bytes": None}),
     "no hash": said(x={"bytes": 0}),
-    "a hash of null": said(x={**FINE, "blake3": None}),
+    "a hash of null": said(x={**FINE, "xxh3_128": None}),
     "an entry that is a list": said(x=[0, "af"]),
     "above": json.dumps({"outputs": {"../secret": FINE}}),
     "above, later": json.dumps({"outputs": {"a/../../secret": FINE}}),

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numba import carray
 
-from .compiled import compiled
-from .rounding import widen
+from .compiled import compiled, pointer
+from .rounding import BF16, bf16_to_f32, widen
 from .strips import ADDRESS, CODE, STRIP, Array, magnitude_key, prepare, widen_delta
 
 TABLES = 4
@@ -55,6 +56,12 @@ def nth_tie(base: Array, model: Array, threshold: int, n: int) -> int:
 
 @compiled
 def fill_keys(table: Any, first: Any, n: Any, rows: Any, keys: Any) -> None:
+    if table[0, CODE] == BF16 and table[1, CODE] == BF16:  # the commonest case, without a way through memory
+        bits_model = carray(pointer(table[0, ADDRESS] + 2 * first), n, np.uint16)
+        bits_base = carray(pointer(table[1, ADDRESS] + 2 * first), n, np.uint16)
+        for i in range(n):
+            keys[i] = magnitude_key(bf16_to_f32(bits_model[i]) - bf16_to_f32(bits_base[i]))
+        return
     base, delta = rows[0, :n], rows[1, :n]
     widen(table[1, ADDRESS], table[1, CODE], first, base)
     widen_delta(table, 0, first, base, delta)
