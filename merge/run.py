@@ -155,8 +155,9 @@ class _Run:
             self.executor = executor
             try:
                 input_hashes = hashing.submit(self._hash_inputs)  # meanwhile the kernels are loaded
+                probe = executor.submit(prefers_direct, self.staging.checkpoint, self.plan.write_bytes)
                 self.kernels, device = load_kernels()
-                direct = prefers_direct(self.staging.checkpoint, self.plan.write_bytes)
+                direct = probe.result()
                 self.applies = self._measure()
                 seconds["measure"] = time.perf_counter() - began
                 output_hashes, resumed = self._combine(direct)

@@ -25,7 +25,7 @@ KEYS = 1 << 31
 ABOVE_ALL = KEYS - 1  # no finite magnitude has more bits set
 SAMPLE_SLICES = 16  # spread evenly over a tile
 SAMPLE_SHARE = 16  # one entry in so many
-SAMPLE_LEAST = 1 << 18  # entries of a tile below which all are taken
+SMALL = 1 << 22  # entries of a tile that are counted outright: a sample would save nothing
 MOST_BINS = 32  # that all models together may have counted key by key, 256 KiB each; one a model if need be
 
 
@@ -51,7 +51,7 @@ def thresholds(
         return [[cut[m] for m in range(len(keep))] for _ in sizes]
 
     kth, wanted = yield from _select(kernels, total, {m: keep[m] for m in selected})
-    last = yield from _last_ties(kernels, kth, {} if all_ties else wanted)
+    last = yield from _last_ties(kernels, total, kth, {} if all_ties else wanted)
 
     def trim(job: int, m: int) -> Sparsify:
         if m not in kth:
@@ -108,8 +108,8 @@ def _select(
 def _bins(kernels: Kernels, base: Array, model: Array, share: int) -> np.ndarray:
     """How many keys of a sample fall into each bin: of everything if share is 1 or the tile is small."""
     n = len(base)
-    if share > 1 and n > SAMPLE_LEAST:
-        length = max(n // share, SAMPLE_LEAST) // SAMPLE_SLICES
+    if share > 1 and n > SMALL:
+        length = n // share // SAMPLE_SLICES
         starts = [i * n // SAMPLE_SLICES for i in range(SAMPLE_SLICES)]
         base, model = (np.concatenate([array[at : at + length] for at in starts]) for array in (base, model))
     return kernels.histogram(base, model, low=0, high=KEYS, shift=COARSE)
@@ -137,13 +137,15 @@ def _bin_of(counts: np.ndarray, k: int) -> tuple[int, int]:
 
 
 def _last_ties(
-    kernels: Kernels, kth: dict[int, int], wanted: dict[int, int]
+    kernels: Kernels, total: int, kth: dict[int, int], wanted: dict[int, int]
 ) -> Generator[Sweep, Any, dict[int, tuple[int, int]]]:
     """For each model in `wanted`: (job, flat index) of the last entry equal to its threshold that is still kept."""
     if not wanted:
         return {}
 
     def count(tile: Tile) -> list[tuple[int, int, dict[int, int]]]:
+        if len(tile.models[0]) == total:  # all are in this tile, so their number does not matter
+            return [(tile.job, tile.start, dict(wanted))]
         return [(tile.job, tile.start, {m: kernels.ties(tile.base, tile.models[m], kth[m]) for m in wanted})]
 
     counted = sorted((yield Sweep(count)), key=lambda entry: entry[:2])
