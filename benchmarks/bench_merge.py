@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from table import processor, save, versions
+from table import processor, save
 
 TUNED = ("sea", "latam")
 RECIPES = {
@@ -105,6 +105,14 @@ def measure(
     return runs
 
 
+def installed(program: Path) -> str:
+    """The versions in the environment that a program belongs to, of the packages that matter."""
+    listing = [str(program.with_name("python")), "-m", "pip", "list", "--format=freeze"]
+    lines = subprocess.run(listing, capture_output=True, text=True, check=True).stdout.splitlines()
+    wanted = ("ggez-merge", "mergekit", "numba", "numpy", "torch")
+    return " ".join(line.replace("==", " ") for line in lines if line.partition("==")[0] in wanted)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, help="folder that make_models.py wrote")
@@ -147,7 +155,7 @@ def main() -> None:
                     "cache": "cold" if arguments.cold else "warm",
                     "machine": processor(),
                     "system": platform.platform(),
-                    "versions": versions("ggez-merge", "torch", "numba"),
+                    "versions": installed(arguments.mergekit if tool == "mergekit" else Path(sys.executable)),
                     "date": time.strftime("%Y-%m-%d"),
                 }
             )

@@ -28,7 +28,7 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
         bars = axes.barh(heights, [s for _, s in shown], 0.25, color=COLOURS[tool], label=LABELS[tool])
         axes.bar_label(bars, [f" {s:.1f} s" for _, s in shown], fontsize=8, color="#333333")
     axes.set_xscale("log")
-    axes.set_xlim(right=axes.get_xlim()[1] * 1.6)
+    axes.set_xlim(left=1, right=axes.get_xlim()[1] * 1.6)
     axes.set_yticks(range(len(methods)), methods)
     axes.invert_yaxis()
     axes.set_xlabel("seconds, whole process (logarithmic)", fontsize=9)
