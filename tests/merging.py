@@ -128,3 +128,18 @@ def command_line(*arguments: str | Path, cwd: Path, **options: Any) -> subproces
     result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False, **options)
     assert "Traceback" not in result.stdout + result.stderr, result.stderr
     return result
+
+
+def read_all(terminal: int) -> str:
+    """Everything that is shown until the other side is gone."""
+    shown = b""
+    while True:
+        try:
+            part = os.read(terminal, 65536)
+        except OSError:
+            break
+        if not part:
+            break
+        shown += part
+    os.close(terminal)
+    return shown.decode(errors="replace")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import write_checkpoint
-from merging import COMMAND, INTERPOLATE, command_line, merged, models, sparse, tensors
+from merging import COMMAND, INTERPOLATE, command_line, merged, models, read_all, sparse, tensors
 
 from ggez_merge import __version__
 
@@ -47,20 +47,11 @@ class TestMerging:
         if pid == 0:
             os.chdir(pair)
             os.execv(COMMAND[0], [*COMMAND, "recipe.yaml", "--out", "out"])
-        shown = b""
-        while True:
-            try:
-                part = os.read(terminal, 65536)
-            except OSError:
-                break
-            if not part:
-                break
-            shown += part
-        os.close(terminal)
+        shown = read_all(terminal)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-        assert b"merging" in shown
-        assert b"kB" in shown
-        assert b"2 tensors" in shown
+        assert "merging" in shown
+        assert "kB" in shown
+        assert "2 tensors" in shown
 
     def test_paths_are_relative_to_the_recipe_then_to_the_working_folder(self, pair: Path, tmp_path: Path) -> None:
         work = tmp_path / "work"

@@ -31,6 +31,7 @@ from merging import (
     merged,
     models,
     plan_of,
+    read_all,
     scratch,
     sparse,
     tensors,
@@ -235,21 +236,6 @@ class TestSignals:
         carry_out(plan_of(large, (large / "recipe.yaml").read_text(), str(out)), resume=True)
         assert tensors(out) == tensors(large / "whole")
         shutil.rmtree(out)
-
-
-def read_all(terminal: int) -> str:
-    """Everything that is shown until the other side is gone."""
-    shown = b""
-    while True:
-        try:
-            part = os.read(terminal, 65536)
-        except OSError:
-            break
-        if not part:
-            break
-        shown += part
-    os.close(terminal)
-    return shown.decode(errors="replace")
 
 
 class TestTwoAtOnce:
