@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ggez_merge.checkpoint import FLOATS, Checkpoint
-from ggez_merge.errors import Problem
+from ggez_merge.errors import Failed, Problem
 from ggez_merge.outputs import Output
 from ggez_merge.recipe import ModelReference, Recipe
 
@@ -37,6 +37,14 @@ def carried_files(checkpoint: Checkpoint, code: bool = False) -> list[str]:
     for sub in CARRIED_FOLDERS:
         names += [f"{sub}/{path.name}" for path in sorted((folder / sub).glob("*.jinja")) if path.is_file()]
     return names
+
+
+def content(path: Path) -> bytes:
+    """All of a small file; Failed if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise Failed(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _travels(name: str, code: bool) -> bool:
@@ -143,4 +151,4 @@ def _differs(one: Checkpoint, other: Checkpoint) -> bool:
 
 
 def _tokenizer(folder: Path) -> list[bytes | None]:
-    return [(folder / name).read_bytes() if (folder / name).is_file() else None for name in TOKENIZER_FILES]
+    return [content(folder / name) if (folder / name).is_file() else None for name in TOKENIZER_FILES]

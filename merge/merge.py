@@ -6,7 +6,7 @@ from typing import Any
 
 from xxhash import xxh3_128
 
-from ggez_merge.carry import carried_files, config_bytes, updated_config
+from ggez_merge.carry import carried_files, config_bytes, content, updated_config
 from ggez_merge.errors import Failed, Interrupted, Refused
 from ggez_merge.plan import Plan
 from ggez_merge.provenance import model_card, report, report_bytes
@@ -61,13 +61,13 @@ def _write_files(plan: Plan, outcome: Outcome, staging: Staging, copy_code: bool
         shard.name: {"bytes": shard.size, "xxh3_128": outcome.output_hashes[shard.name]} for shard in plan.shards
     }
 
-    def put(name: str, content: bytes) -> None:
-        staging.write_file(name, content)
-        files[name] = {"bytes": len(content), "xxh3_128": xxh3_128(content).hexdigest()}
+    def put(name: str, raw: bytes) -> None:
+        staging.write_file(name, raw)
+        files[name] = {"bytes": len(raw), "xxh3_128": xxh3_128(raw).hexdigest()}
 
     for name in carried_files(plan.layout, copy_code):
         if name != "config.json":
-            put(name, (plan.layout.folder / name).read_bytes())
+            put(name, content(plan.layout.folder / name))
     if plan.config is not None:
         put("config.json", config_bytes(updated_config(plan.config, list(plan.outputs))))
     if plan.recipe.chat_template not in (None, "auto"):

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from merging import INTERPOLATE, carry_out, merged, models, plan_of, refusals
 
+from ggez_merge.errors import Failed
+
 TRAVEL = {
     "generation_config.json": "{}",
     "tokenizer.json": '{"model": 1}',
@@ -75,6 +77,16 @@ def test_all_of_it_is_hashed_in_the_report_but_the_report_and_the_card(pair: Pat
     output(pair)
     report = json.loads((pair / "out" / "merge_report.json").read_text())
     assert {*report["outputs"]} == {*TRAVEL, "config.json", "model.safetensors"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that opens but cannot be read")
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "tokenizer.json"])
+def test_a_file_that_cannot_be_read_is_named(name: str, pair: Path) -> None:
+    (pair / "base" / name).unlink(missing_ok=True)
+    (pair / "base" / name).symlink_to("/proc/self/mem")  # opens, and fails at the first byte
+    with pytest.raises(Failed, match=f"{name}: cannot be read"):
+        output(pair)
+    assert not (pair / "out").exists()
 
 
 def test_the_card_is_ours(pair: Path) -> None:
