@@ -87,7 +87,7 @@ setup(
     ],
     package_data={
         "ggez_merge": ["py.typed"],
-        "ggez_merge.recipes": ["*.yaml"],
+        "ggez_merge.recipes": ["*.yaml", "*.md"],
         "ggez_merge.recipes.emoji": [
             "*.yaml",
             "*.md",
