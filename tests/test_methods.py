@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import ml_dtypes
 import numpy as np
 import pytest
 from checkpoints import write_checkpoint
@@ -30,7 +31,7 @@ from ggez_merge.backend import load_kernels
 from ggez_merge.errors import Refused
 from ggez_merge.methods import METHODS
 from ggez_merge.methods.method import Job, Kernels, Measurement, Parameter, Tile, normalised
-from ggez_merge.methods.trim import n_kept, thresholds
+from ggez_merge.methods.trim import SAMPLE_SHARE, SAMPLE_SLICES, SMALL, n_kept, thresholds
 
 Array = np.ndarray[Any, Any]
 reference = ggez_kernels.reference
@@ -274,6 +275,35 @@ def test_thresholds_keep_what_a_stable_sort_keeps(
             expected = flat >= np.sort(flat)[-keep[m]]
         masks = [is_kept(np.abs(d[m]), found[job][m]) for job, d in enumerate(deltas)]
         np.testing.assert_array_equal(np.concatenate(masks), expected)
+
+
+@pytest.mark.parametrize("kind", ["smooth", "quantised", "misleading", "mostly zero"])
+@pytest.mark.parametrize("n_tiles", [1, 2])
+def test_large_tensors_keep_exactly_k_however_their_sample_looks(kind: str, n_tiles: int) -> None:
+    """Above SMALL entries a tile is sampled first; `misleading` ones are large just where the sample is taken."""
+    kernels = BACKENDS["compiled"]
+    size = SMALL + 4321
+    random = np.random.default_rng(3)
+    flat = random.normal(size=n_tiles * size).astype(np.float32)
+    if kind == "quantised":
+        flat = flat.astype(ml_dtypes.bfloat16).astype(np.float32)
+    elif kind == "mostly zero":
+        flat[random.random(len(flat)) < 0.7] = 0
+    elif kind == "misleading":
+        for tile in range(n_tiles):
+            for i in range(SAMPLE_SLICES):
+                at = tile * size + i * size // SAMPLE_SLICES
+                flat[at : at + size // SAMPLE_SHARE // SAMPLE_SLICES] *= 1000
+    tiles = cut(0, np.zeros(len(flat), np.float32), [flat, flat[::-1].copy()], size)
+    keep = [len(flat) // 2, len(flat) // 5 + 1]
+    (trims,) = answer(thresholds(kernels, [len(flat)], keep, all_ties=False), tiles[::-1])
+    for sparsify, model, k in zip(trims, (flat, flat[::-1]), keep, strict=True):
+        magnitudes = np.abs(model)
+        kth = np.partition(magnitudes, len(flat) - k)[len(flat) - k]
+        assert sparsify.threshold == int(kth.view(np.int32))
+        equal = np.flatnonzero(magnitudes == kth)
+        n_equal_kept = k - int((magnitudes > kth).sum())
+        assert sparsify.last == (KEEP_ALL_LAST if n_equal_kept == len(equal) else equal[n_equal_kept - 1])
 
 
 def is_kept(magnitudes: Array, sparsify: Sparsify) -> Array:

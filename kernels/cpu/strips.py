@@ -20,7 +20,6 @@ from .rounding import BF16, CODES, F64, count_nonfinite, widen
 
 STRIP = 1024
 ADDRESS, CODE, THRESHOLD, LAST, LIMIT, SEED, CHANGES = range(7)
-COLUMNS = 7
 WEIGHT, RESCALE = 0, 1
 ABSENT = -1  # CODE of a base that was not given
 ALL = 2**32  # LIMIT that drops nothing
