@@ -1,9 +1,10 @@
 """The engine's own limit: reads, hashes and writes what the recipe's method would, but its kernel only copies.
 
-    python benchmarks/copy_limit.py recipe.yaml OUT
+    python benchmarks/copy_limit.py recipe.yaml OUT [--bare]
 
 Where the method measures first, everything is read for that too, and nothing computed. What the output holds is the
-first input; what the run costs is start-up, reading, hashing and writing.
+first input; what the run costs is start-up, reading, hashing and writing. `--bare` is stricter: a plain memory copy, so
+that no compiled kernel has to be loaded, and nothing read for measuring.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ggez_kernels.sparsify import Stats
 from ggez_merge.merge import merge
@@ -39,7 +42,19 @@ def copy_first(kernels: Kernels, job: Job, measured: None) -> Apply:
     return apply
 
 
+def bare_copy(kernels: Kernels, job: Job, measured: None) -> Apply:
+    """out = the first input, as bytes."""
+
+    def apply(out: Any, base: Any, models: Any, start: int) -> Stats:
+        np.copyto(out.view(np.uint8), (models[0] if base is None else base).view(np.uint8))
+        return Stats((0,) * (len(models) + (base is not None)), 0, (0.0,) * len(models))
+
+    return apply
+
+
 if __name__ == "__main__":
+    bare = "--bare" in sys.argv
     plan = make_plan(load_recipe(Path(sys.argv[1])), Path(sys.argv[2]))
-    copying = Method(name=plan.method.name, combine=copy_first, measure=only_read if plan.method.measure else None)
+    measure = only_read if plan.method.measure and not bare else None
+    copying = Method(name=plan.method.name, combine=bare_copy if bare else copy_first, measure=measure)
     merge(replace(plan, method=copying), progress=Silent())
