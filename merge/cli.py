@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 import time
@@ -229,4 +230,5 @@ def _signals_to(stop: Stop) -> Iterator[None]:
 
 
 def main() -> None:
+    gc.set_threshold(100_000)  # a process makes a million objects at its start, and keeps them: a search costs 0.1 s
     app()

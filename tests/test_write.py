@@ -354,6 +354,7 @@ class TestShardWriter:
     def test_the_probe_leaves_nothing_behind(self, tmp_path: Path) -> None:
         assert prefers_direct(tmp_path, 1 << 20) is False
         assert prefers_direct(tmp_path, 1 << 40) in (True, False)
+        assert not list(tmp_path.iterdir())
         assert list(tmp_path.iterdir()) == []
 
 
