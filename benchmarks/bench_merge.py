@@ -56,10 +56,9 @@ def command(tool: str, mergekit: Path, recipe: Path, out: Path) -> list[str]:
     if tool == "mergekit":
         # the models have no tokenizer, and its model card asks the hub about each of them
         return [str(mergekit), str(recipe), str(out), "--no-copy-tokenizer", "--no-write-model-card"]
-    if tool.startswith("copy"):
-        limit = [sys.executable, str(Path(__file__).with_name("copy_limit.py")), str(recipe), str(out)]
-        return limit + (["--bare"] if tool == "copy-bare" else [])
-    return [sys.executable, "-m", "ggez_merge", str(recipe), "--out", str(out), "--quiet"]
+    program = [str(Path(__file__).with_name("copy_limit.py"))] if tool.startswith("copy") else ["-m", "ggez_merge"]
+    program += ["--bare"] if tool == "copy-bare" else []
+    return [sys.executable, *program, str(recipe), "--out", str(out), "--quiet"]
 
 
 def timed(arguments: Sequence[str], folder: Path) -> Run:

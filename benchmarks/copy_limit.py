@@ -1,10 +1,11 @@
 """The engine's own limit: reads, hashes and writes what the recipe's method would, but its kernel only copies.
 
-    python benchmarks/copy_limit.py recipe.yaml OUT [--bare]
+    python benchmarks/copy_limit.py recipe.yaml --out OUT [--bare]
 
-Where the method measures first, everything is read for that too, and nothing computed. What the output holds is the
-first input; what the run costs is start-up, reading, hashing and writing. `--bare` is stricter: a plain memory copy, so
-that no compiled kernel has to be loaded, and nothing read for measuring.
+It is `ggez-merge` with another method put into the plan, so that the command line and all else is the same. Where the
+method measures first, everything is read for that too, and nothing computed. What the output holds is the first input;
+what the run costs is start-up, reading, hashing and writing. `--bare` is stricter: a plain memory copy, so that no
+compiled kernel has to be loaded, and nothing read for measuring.
 """
 
 from __future__ import annotations
@@ -12,17 +13,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ggez_kernels.sparsify import Stats
-from ggez_merge.merge import merge
+from ggez_merge import plan
+from ggez_merge.cli import main
 from ggez_merge.methods.method import Apply, Job, Kernels, Measurement, Method, Sweep
-from ggez_merge.plan import make_plan
-from ggez_merge.progress import Silent
-from ggez_merge.recipe import load_recipe
 
 
 def only_read(kernels: Kernels, jobs: Sequence[Job]) -> Measurement:
@@ -54,7 +52,14 @@ def bare_copy(kernels: Kernels, job: Job, measured: None) -> Apply:
 
 if __name__ == "__main__":
     bare = "--bare" in sys.argv
-    plan = make_plan(load_recipe(Path(sys.argv[1])), Path(sys.argv[2]))
-    measure = only_read if plan.method.measure and not bare else None
-    copying = Method(name=plan.method.name, combine=bare_copy if bare else copy_first, measure=measure)
-    merge(replace(plan, method=copying), progress=Silent())
+    sys.argv = [argument for argument in sys.argv if argument != "--bare"]
+    make_plan = plan.make_plan
+
+    def copying_plan(*arguments: Any) -> plan.Plan:
+        made = make_plan(*arguments)
+        measure = only_read if made.method.measure and not bare else None
+        method = Method(name=made.method.name, combine=bare_copy if bare else copy_first, measure=measure)
+        return replace(made, method=method)
+
+    plan.make_plan = copying_plan
+    main()
