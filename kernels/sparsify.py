@@ -1,4 +1,4 @@
-"""What every backend of the kernels is told, and what it answers: `Sparsify` in, `Stats` out."""
+"""What every backend of the kernels is told, and what it answers: `Sparsify` in, `Stats` out, `Counting` in advance."""
 
 from __future__ import annotations
 
@@ -64,6 +64,18 @@ class Sparsify:
     def changes(self) -> bool:
         """False when the delta passes through untouched."""
         return self.trims or self.drops or self.rescale != 1.0
+
+
+@dataclass(frozen=True)
+class Counting:
+    """How a backend likes to look for the k-th largest key: what it counts best in one sweep."""
+
+    digit_bits: int
+    """A sweep over a wide range has 2**digit_bits bins."""
+    most_bins: int
+    """Up to so many bins, of all models together, a sweep may count key by key instead."""
+    sample_share: int
+    """One entry in so many is counted first to narrow the range; 1 if that saves nothing."""
 
 
 @dataclass(frozen=True)

@@ -31,4 +31,4 @@ def load_kernels() -> tuple[Kernels, str]:
 def _load(package: str) -> Kernels:
     modules = {stem: importlib.import_module(f"{package}.{stem}") for stem in KERNELS}
     functions = {name: getattr(modules[stem], name) for stem, names in KERNELS.items() for name in names}
-    return cast(Kernels, SimpleNamespace(**functions))
+    return cast(Kernels, SimpleNamespace(**functions, counting=modules["threshold"].COUNTING))

@@ -26,12 +26,12 @@ import ggez_kernels.reference.gram
 import ggez_kernels.reference.linear
 import ggez_kernels.reference.threshold
 import ggez_kernels.reference.vote
-from ggez_kernels.sparsify import CHUNK, KEEP_ALL_LAST, Sparsify
+from ggez_kernels.sparsify import CHUNK, KEEP_ALL_LAST, Counting, Sparsify
 from ggez_merge.backend import load_kernels
 from ggez_merge.errors import Refused
 from ggez_merge.methods import METHODS
 from ggez_merge.methods.method import Job, Kernels, Measurement, Parameter, Tile, normalised
-from ggez_merge.methods.trim import SAMPLE_SHARE, SAMPLE_SLICES, SMALL, n_kept, thresholds
+from ggez_merge.methods.trim import SAMPLE_SLICES, SMALL, n_kept, thresholds
 
 Array = np.ndarray[Any, Any]
 reference = ggez_kernels.reference
@@ -43,8 +43,15 @@ DEFINITION = SimpleNamespace(
     histogram=reference.threshold.histogram,
     ties=reference.threshold.ties,
     nth_tie=reference.threshold.nth_tie,
+    counting=reference.threshold.COUNTING,
 )
 BACKENDS = {"compiled": load_kernels()[0], "definition": cast(Kernels, DEFINITION)}
+
+
+def counting_with(digit_bits: int, most_bins: int, sample_share: int) -> Kernels:
+    """The compiled kernels, counting in another way."""
+    changed = {**vars(BACKENDS["compiled"]), "counting": Counting(digit_bits, most_bins, sample_share)}
+    return cast(Kernels, SimpleNamespace(**changed))
 
 
 @pytest.fixture(params=BACKENDS)
@@ -247,12 +254,13 @@ def test_how_many_a_density_keeps(density: float, n: int, kept: int) -> None:
     st.data(),
     st.booleans(),
     st.sampled_from([0.0, 0.25]),
+    st.sampled_from([(15, 1 << 21, 16), (11, 1 << 11, 1), (4, 1, 1), (4, 1 << 30, 2)]),
 )
 def test_thresholds_keep_what_a_stable_sort_keeps(
-    sizes: list[int], data: st.DataObject, all_ties: bool, step: float
+    sizes: list[int], data: st.DataObject, all_ties: bool, step: float, counting: tuple[int, int, int]
 ) -> None:
     """Over a group of tensors cut into tiles that arrive in any order; with `step`, most magnitudes are equal."""
-    kernels = BACKENDS["compiled"]
+    kernels = counting_with(*counting)
     random = np.random.default_rng(data.draw(st.integers(0, 999)))
     total = sum(sizes)
     keep = [data.draw(st.integers(0, total)) for _ in range(2)]
@@ -282,6 +290,7 @@ def test_thresholds_keep_what_a_stable_sort_keeps(
 def test_large_tensors_keep_exactly_k_however_their_sample_looks(kind: str, n_tiles: int) -> None:
     """Above SMALL entries a tile is sampled first; `misleading` ones are large just where the sample is taken."""
     kernels = BACKENDS["compiled"]
+    share = kernels.counting.sample_share
     size = SMALL + 4321
     random = np.random.default_rng(3)
     flat = random.normal(size=n_tiles * size).astype(np.float32)
@@ -293,7 +302,7 @@ def test_large_tensors_keep_exactly_k_however_their_sample_looks(kind: str, n_ti
         for tile in range(n_tiles):
             for i in range(SAMPLE_SLICES):
                 at = tile * size + i * size // SAMPLE_SLICES
-                flat[at : at + size // SAMPLE_SHARE // SAMPLE_SLICES] *= 1000
+                flat[at : at + size // share // SAMPLE_SLICES] *= 1000
     tiles = cut(0, np.zeros(len(flat), np.float32), [flat, flat[::-1].copy()], size)
     keep = [len(flat) // 2, len(flat) // 5 + 1]
     (trims,) = answer(thresholds(kernels, [len(flat)], keep, all_ties=False), tiles[::-1])

@@ -7,12 +7,15 @@ from typing import Any
 import numpy as np
 from numba import carray
 
+from ggez_kernels.sparsify import Counting
+
 from .compiled import compiled, pointer
 from .rounding import BF16, bf16_to_f32, widen
 from .strips import ADDRESS, CODE, STRIP, Array, magnitude_key, prepare, widen_delta
 
 TABLES = 4
 LANES = 16
+COUNTING = Counting(digit_bits=15, most_bins=1 << 21, sample_share=16)
 
 
 def histogram(base: Array, model: Array, *, low: int, high: int, shift: int = 0) -> Array:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ggez_kernels.sparsify import NAN_KEY
+from ggez_kernels.sparsify import NAN_KEY, Counting
 
 from .rounding import Array, widen, work_dtype
+
+COUNTING = Counting(digit_bits=15, most_bins=1 << 21, sample_share=16)
 
 
 def keys(delta: torch.Tensor) -> torch.Tensor:

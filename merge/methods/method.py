@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from ggez_kernels.sparsify import Sparsify, Stats
+from ggez_kernels.sparsify import Counting, Sparsify, Stats
 from ggez_merge.parameters import Scalar
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ Array = Any  # a 1-D numpy array of float16, bfloat16 (ml_dtypes), float32 or fl
 
 class Kernels(Protocol):
     """The arithmetic a backend offers; `ggez_kernels.reference` is its definition."""
+
+    counting: Counting
 
     def linear(
         self,

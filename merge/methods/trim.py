@@ -1,8 +1,9 @@
 """Exact thresholds and scales of sparsified deltas, from sweeps over tiles.
 
 Trimming keeps the k entries of largest |delta|. The k-th magnitude is found on the bits of |float32(delta)|, its *key*,
-which sorts like the magnitude. A sample says where the k-th key must about be; one sweep counts every key of that
-narrow range, and how many lie above it. Should the k-th not be there after all, the sample is repeated with everything.
+which sorts like the magnitude: every sweep counts keys in the bins of a range, and the bin that holds the k-th is the
+next range, until a bin is one key. Where histograms are made of single passes through memory, as on a processor, a
+sample says first where the k-th must about be; should it not be there after all, everything is counted.
 Entries equal to the k-th are kept from the front until exactly k are kept.
 """
 
@@ -17,16 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from ggez_kernels.sparsify import KEEP_ALL_LAST, Sparsify
+from ggez_kernels.sparsify import KEEP_ALL_LAST, Counting, Sparsify
 from ggez_merge.methods.method import Array, Kernels, Sweep, Tile, summed
 
-COARSE = 16  # low bits of a key that the sample ignores: what is left, exponent and 7 bits of mantissa, is a *bin*
 KEYS = 1 << 31
 ABOVE_ALL = KEYS - 1  # no finite magnitude has more bits set
 SAMPLE_SLICES = 16  # spread evenly over a tile
-SAMPLE_SHARE = 16  # one entry in so many
 SMALL = 1 << 22  # entries of a tile that are counted outright: a sample would save nothing
-MOST_BINS = 32  # that all models together may have counted key by key, 256 KiB each; one a model if need be
 
 
 def n_kept(density: float, n: int) -> int:
@@ -72,60 +70,79 @@ def _select(
     kth: dict[int, int] = {}
     wanted: dict[int, int] = {}
     counter = np.int64 if total >> 32 else np.uint32  # what tiles' counts are added up in
-    for share in (SAMPLE_SHARE, 1):
-        open_models = [m for m in keep if m not in kth]
-        if not open_models:
-            break
+    ranges = dict.fromkeys(keep, (0, KEYS))
+    if kernels.counting.sample_share > 1:
+        ranges = yield from _guess(kernels, total, keep, counter)
+    while ranges:
+        shifts = {m: _shift(kernels.counting, high - low, len(ranges)) for m, (low, high) in ranges.items()}
 
-        def sample(tile: Tile, models: list[int] = open_models, share: int = share) -> np.ndarray:
-            return np.stack([_bins(kernels, tile.base, tile.models[m], share) for m in models], dtype=counter)
-
-        ranges = {}
-        for m, bins in zip(open_models, (yield Sweep(sample)), strict=True):
-            low, high = _range(bins, keep[m], total)
-            if high - low <= max(1, MOST_BINS // len(open_models)) or share == 1:
-                ranges[m] = low << COARSE, high << COARSE
-
-        def count(tile: Tile, ranges: dict[int, tuple[int, int]] = ranges) -> np.ndarray:
+        def count(
+            tile: Tile, ranges: dict[int, tuple[int, int]] = dict(ranges), shifts: dict[int, int] = shifts
+        ) -> np.ndarray:
             counts = [
-                kernels.histogram(tile.base, tile.models[m], low=low, high=high) for m, (low, high) in ranges.items()
+                kernels.histogram(tile.base, tile.models[m], low=low, high=high, shift=shifts[m])
+                for m, (low, high) in ranges.items()
             ]
             return np.concatenate(counts, dtype=counter)
 
-        counted: np.ndarray = (yield Sweep(count)) if ranges else np.zeros(0, counter)
+        counted: np.ndarray = yield Sweep(count)
         at = 0
-        for m, (low, high) in ranges.items():
-            counts = counted[at : at + high - low + 1]
-            at += high - low + 1
-            key, need = _bin_of(counts, keep[m])
-            if 0 <= key < high - low:
-                kth[m] = low + key
-                if need < counts[key]:
+        for m, (low, high) in list(ranges.items()):
+            bins = (high - low) >> shifts[m]
+            counts = counted[at : at + bins + 1]
+            at += bins + 1
+            index, need = _bin_of(counts, keep[m])
+            if not 0 <= index < bins:  # not where the sample said
+                ranges[m] = 0, KEYS
+            elif shifts[m]:
+                ranges[m] = low + (index << shifts[m]), low + ((index + 1) << shifts[m])
+            else:
+                del ranges[m]
+                kth[m] = low + index
+                if need < counts[index]:
                     wanted[m] = need
     return kth, wanted
 
 
-def _bins(kernels: Kernels, base: Array, model: Array, share: int) -> np.ndarray:
-    """How many keys of a sample fall into each bin: of everything if share is 1 or the tile is small."""
-    n = len(base)
-    if share > 1 and n > SMALL:
-        length = n // share // SAMPLE_SLICES
-        starts = [i * n // SAMPLE_SLICES for i in range(SAMPLE_SLICES)]
-        base, model = (np.concatenate([array[at : at + length] for at in starts]) for array in (base, model))
-    return kernels.histogram(base, model, low=0, high=KEYS, shift=COARSE)
+def _shift(counting: Counting, width: int, models: int) -> int:
+    """How many low bits of a key the next histogram ignores: none if the models' counters for that are few enough."""
+    if width <= max(1 << counting.digit_bits, counting.most_bins // models):
+        return 0
+    return (width - 1).bit_length() - counting.digit_bits
 
 
-def _range(bins: np.ndarray, k: int, total: int) -> tuple[int, int]:
-    """The bins [low, high) where the k-th largest of `total` must about be, going by a sample's bins.
+def _guess(
+    kernels: Kernels, total: int, keep: dict[int, int], counter: type[np.int64 | np.uint32]
+) -> Generator[Sweep, Any, dict[int, tuple[int, int]]]:
+    """Where the keep[m]-th largest of `total` must about be, going by a sample of the entries.
 
     The sample's rank of it is k * sampled / total, give or take three standard deviations of a fair sample at the most.
     """
-    sampled = int(bins.sum())
-    margin = 0 if sampled == total else 3 * math.isqrt(sampled) // 2 + 1
-    rank = k * sampled // total
-    upper, _ = _bin_of(bins, max(1, min(sampled, rank - margin)))
-    lower, _ = _bin_of(bins, max(1, min(sampled, rank + margin)))
-    return lower, upper + 1
+    shift = (KEYS - 1).bit_length() - kernels.counting.digit_bits
+
+    def sample(tile: Tile) -> np.ndarray:
+        bins = [_sampled_bins(kernels, tile.base, tile.models[m], shift) for m in keep]
+        return np.stack(bins, dtype=counter)
+
+    ranges = {}
+    for m, bins in zip(keep, (yield Sweep(sample)), strict=True):
+        sampled = int(bins.sum())
+        margin = 0 if sampled == total else 3 * math.isqrt(sampled) // 2 + 1
+        rank = keep[m] * sampled // total
+        upper, _ = _bin_of(bins, max(1, min(sampled, rank - margin)))
+        lower, _ = _bin_of(bins, max(1, min(sampled, rank + margin)))
+        ranges[m] = lower << shift, (upper + 1) << shift
+    return ranges
+
+
+def _sampled_bins(kernels: Kernels, base: Array, model: Array, shift: int) -> np.ndarray:
+    """How many keys of a sample fall into each bin: of everything if the tile is small."""
+    n = len(base)
+    if n > SMALL:
+        length = n // kernels.counting.sample_share // SAMPLE_SLICES
+        starts = [i * n // SAMPLE_SLICES for i in range(SAMPLE_SLICES)]
+        base, model = (np.concatenate([array[at : at + length] for at in starts]) for array in (base, model))
+    return kernels.histogram(base, model, low=0, high=KEYS, shift=shift)
 
 
 def _bin_of(counts: np.ndarray, k: int) -> tuple[int, int]:
