@@ -74,28 +74,26 @@ def _select(
     if kernels.counting.sample_share > 1:
         ranges = yield from _guess(kernels, total, keep, counter)
     while ranges:
-        shifts = {m: _shift(kernels.counting, high - low, len(ranges)) for m, (low, high) in ranges.items()}
+        spans = [(m, low, high, _shift(kernels.counting, high - low, len(ranges))) for m, (low, high) in ranges.items()]
 
-        def count(
-            tile: Tile, ranges: dict[int, tuple[int, int]] = dict(ranges), shifts: dict[int, int] = shifts
-        ) -> np.ndarray:
+        def count(tile: Tile, spans: list[tuple[int, int, int, int]] = spans) -> np.ndarray:
             counts = [
-                kernels.histogram(tile.base, tile.models[m], low=low, high=high, shift=shifts[m])
-                for m, (low, high) in ranges.items()
+                kernels.histogram(tile.base, tile.models[m], low=low, high=high, shift=shift)
+                for m, low, high, shift in spans
             ]
             return np.concatenate(counts, dtype=counter)
 
         counted: np.ndarray = yield Sweep(count)
         at = 0
-        for m, (low, high) in list(ranges.items()):
-            bins = (high - low) >> shifts[m]
+        for m, low, high, shift in spans:
+            bins = (high - low) >> shift
             counts = counted[at : at + bins + 1]
             at += bins + 1
             index, need = _bin_of(counts, keep[m])
             if not 0 <= index < bins:  # not where the sample said
                 ranges[m] = 0, KEYS
-            elif shifts[m]:
-                ranges[m] = low + (index << shifts[m]), low + ((index + 1) << shifts[m])
+            elif shift:
+                ranges[m] = low + (index << shift), low + ((index + 1) << shift)
             else:
                 del ranges[m]
                 kth[m] = low + index
