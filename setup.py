@@ -75,18 +75,26 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
-    package_dir={"ggez_merge": "merge", "ggez_kernels": "kernels", "ggez_merge.recipes": "recipes"},
+    package_dir={
+        "ggez_merge": "merge",
+        "ggez_kernels": "kernels",
+        "ggez_merge.benchmarks": "benchmarks",
+        "ggez_merge.recipes": "recipes",
+    },
     packages=[
         "ggez_merge",
+        "ggez_merge.benchmarks",
         "ggez_merge.methods",
         "ggez_merge.recipes",
         "ggez_merge.recipes.emoji",
         "ggez_kernels",
         "ggez_kernels.cpu",
+        "ggez_kernels.gpu",
         "ggez_kernels.reference",
     ],
     package_data={
         "ggez_merge": ["py.typed"],
+        "ggez_merge.benchmarks": ["*.md", "results/*"],
         "ggez_merge.recipes": ["*.yaml", "*.md"],
         "ggez_merge.recipes.emoji": [
             "*.yaml",
