@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import signal
 import sys
 import time
@@ -69,24 +70,24 @@ def merge_command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, from headers alone.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: the answer as JSON.")] = False,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Workers; by default as many as cores, at most 16.")
+        int | None, typer.Option(min=1, help="Workers; by default one a core, at most 16, or four a GPU.")
     ] = None,
     memory: Annotated[str, typer.Option(help="Budget for all buffers, e.g. 512MB.")] = "192MiB",
-    device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda (all GPUs) or cuda:1.")] = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted merge.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier merge.")] = False,
     copy_code: Annotated[bool, typer.Option("--copy-code", help="Carry the base's custom code (*.py) along.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:
     """Merge the models of a recipe into one checkpoint."""
-    if device not in ("auto", "cpu"):
-        raise typer.BadParameter(f"{device!r} is not one of auto, cpu", param_hint="--device")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise typer.BadParameter(f"{device!r} is none of auto, cpu, cuda, cuda:0, cuda:1 …", param_hint="--device")
     if resume and overwrite:
         raise typer.BadParameter("--resume and --overwrite contradict each other")
     if as_json and not dry_run:
         raise typer.BadParameter("--json goes with --dry-run", param_hint="--json")
     with _errors_for_people():
-        from ggez_merge.merge import merge
+        from ggez_merge.merge import device_for, merge
         from ggez_merge.plan import make_plan
         from ggez_merge.progress import progress_for
         from ggez_merge.recipe import load_recipe
@@ -97,19 +98,23 @@ def merge_command(
         if memory_bytes is None:
             raise typer.BadParameter(f"{memory!r} is no size; write 512MB or 1GiB", param_hint="--memory")
         plan = make_plan(load_recipe(recipe, set_ or ()), out)
+        computes_on = device_for(plan, device)
         if dry_run:
             from ggez_merge.dryrun import describe, show
             from ggez_merge.write import check_output
 
-            said = describe(plan, sizing(plan, threads, memory_bytes), copy_code)
+            said = describe(plan, computes_on, sizing(plan, threads, memory_bytes, computes_on), copy_code)
             _print_json(said) if as_json else show(said)
             check_output(plan.folder, resume=resume, overwrite=overwrite)
             return
+        if not quiet:
+            print(f"on {computes_on.name}: {computes_on.why}", file=sys.stderr)
         stop = Stop()
         began = time.perf_counter()
         with _signals_to(stop), progress_for(quiet) as progress:
             outcome = merge(
                 plan,
+                device=computes_on,
                 threads=threads,
                 memory_bytes=memory_bytes,
                 resume=resume,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ggez_merge.backend import Device
 from ggez_merge.carry import carried_files
 from ggez_merge.plan import Plan, free_bytes
 from ggez_merge.run import HASH_BUFFER_BYTES, Sizing
@@ -13,7 +14,7 @@ from ggez_merge.units import readable_bytes
 PROGRAM_BYTES = 150_000_000  # Python, numpy and the compiled kernels, as measured; buffers come on top
 
 
-def describe(plan: Plan, size: Sizing, copy_code: bool) -> dict[str, Any]:
+def describe(plan: Plan, device: Device, size: Sizing, copy_code: bool) -> dict[str, Any]:
     """The plan as plain data (bytes and counts as numbers), the content of `--dry-run --json`."""
     return {
         "method": plan.method.name,
@@ -50,6 +51,7 @@ def describe(plan: Plan, size: Sizing, copy_code: bool) -> dict[str, Any]:
         "measure_bytes": plan.measure_bytes,
         "write_bytes": plan.write_bytes,
         "peak_memory_bytes": size.threads * size.arena_bytes + HASH_BUFFER_BYTES + PROGRAM_BYTES,
+        "device": {"name": device.name, "why": device.why},
         "threads": size.threads,
         "block_bytes": size.block_bytes,
         "free_bytes": free_bytes(plan.folder),
@@ -95,6 +97,7 @@ def show(said: dict[str, Any]) -> None:
         ("writes", f"{readable_bytes(said['write_bytes'])} as {' '.join(said['dtypes'])}: {names}"),
         ("reads", readable_bytes(said["read_bytes"]) + measuring),
         ("carries", ", ".join(said["files_carried"]) or "no files besides the weights"),
+        ("device", f"{said['device']['name']}: {said['device']['why']}"),
         ("memory", f"{readable_bytes(said['peak_memory_bytes'])} at most, {said['threads']} threads"),
         ("free disk", readable_bytes(said["free_bytes"])),
         *(("note", note) for note in said["notes"]),

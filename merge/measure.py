@@ -1,7 +1,7 @@
 """The first step of a merge: the reductions a method asks for, over tiles that fit the memory budget.
 
-A tensor whose inputs fit a worker's arena is read once, however many sweeps its measurement takes, and different
-tensors are measured by different workers. One that fits all arenas together is read once too, spread over all
+A tensor whose inputs fit a worker's slot is read once, however many sweeps its measurement takes, and different
+tensors are measured by different workers. One that fits all slots together is read once too, spread over all
 workers. A larger one (or the whole model, when the method measures all of it together) is read anew for every
 sweep, tile by tile. The sums are the same in all three cases.
 """
@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
-
-import numpy as np
 
 from ggez_merge.methods.method import Job, Kernels, Measurement, Method, Sweep, Tile
 from ggez_merge.outputs import Output
-from ggez_merge.read import ALIGNMENT, NUMPY_DTYPE, Arena, Files
+from ggez_merge.read import ALIGNMENT, NUMPY_DTYPE, Files
+from ggez_merge.slots import Slot
 
 CHUNK = 1 << 16  # elements; tiles start at its multiples, so that sums of floats do not depend on the tiling
 
@@ -34,14 +34,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class Bench:
-    """What measuring needs from the run: kernels, files, workers with an arena each, and somebody to tell."""
+    """What measuring needs from the run: kernels, files, workers with a slot each, and somebody to tell."""
 
     kernels: Kernels
     files: Files
     executor: Executor
     n_workers: int
     arena_bytes: int
-    lend_arena: Callable[[], AbstractContextManager[Arena]]
+    lend: Callable[[], AbstractContextManager[Slot]]
     advance: Callable[[int], None]
     wait: Callable[[Sequence[Future[Any]]], list[Any]]  # results in order; raises what went wrong
 
@@ -55,7 +55,7 @@ def measure(method: Method, outputs: Sequence[Output], bench: Bench) -> list[Any
     groups.append([entry for entry in merged if method.measures_together(entry[1])])
     measured: list[Any] = [None] * len(outputs)
     alone: list[tuple[list[int], Future[list[Any]]]] = []
-    for by_itself in (False, True):  # the tensors that take all workers first: they take all arenas too
+    for by_itself in (False, True):  # the tensors that take all workers first: they take all slots too
         for group in filter(None, groups):
             members = [index for index, _ in group]
             pieces = _pieces([outputs[index] for index in members], bench)
@@ -97,10 +97,10 @@ def _width(output: Output) -> int:
 
 
 class _Desk:
-    """One worker's place: an arena, the pieces it is responsible for, and the tile that lies there right now."""
+    """One worker's place: a slot, the pieces it is responsible for, and the tile that lies there right now."""
 
-    def __init__(self, arena: Arena, pieces: Sequence[Piece], outputs: Sequence[Output], bench: Bench) -> None:
-        self._arena = arena
+    def __init__(self, slot: Slot, pieces: Sequence[Piece], outputs: Sequence[Output], bench: Bench) -> None:
+        self._slot = slot
         self._pieces = pieces
         self._outputs = outputs
         self._bench = bench
@@ -112,7 +112,7 @@ class _Desk:
         total = None
         for piece in self._pieces:
             if sweep.only in (None, (piece.job, piece.start)):
-                part = sweep.function(self._tile(piece))
+                part = self._slot.run(partial(sweep.function, self._tile(piece)))
                 total = part if total is None else total + part
         return total
 
@@ -131,10 +131,10 @@ class _Desk:
     def _load(self, piece: Piece) -> Tile:
         output = self._outputs[piece.job]
         dtypes = [NUMPY_DTYPE[tensor.dtype] for tensor in output.inputs]
-        views = self._arena.carve([piece.n * dtype.itemsize for dtype in dtypes])
+        views = self._slot.arena.carve([piece.n * dtype.itemsize for dtype in dtypes])
         for tensor, dtype, view in zip(output.inputs, dtypes, views, strict=True):
             self._bench.files.read(tensor, piece.start * dtype.itemsize, view)
-        arrays = [np.frombuffer(view, dtype) for dtype, view in zip(dtypes, views, strict=True)]
+        arrays = self._slot.arrays(views, dtypes)
         return Tile(piece.job, piece.start, arrays[0] if output.base else None, arrays[1:] if output.base else arrays)
 
 
@@ -147,8 +147,8 @@ def _measure(
         return [None] * len(jobs)
     n_desks = min(len(pieces), bench.n_workers)
     with ExitStack() as held:
-        arenas = [held.enter_context(bench.lend_arena()) for _ in range(n_desks)]
-        desks = [_Desk(arena, pieces[i::n_desks], outputs, bench) for i, arena in enumerate(arenas)]
+        slots = [held.enter_context(bench.lend()) for _ in range(n_desks)]
+        desks = [_Desk(slot, pieces[i::n_desks], outputs, bench) for i, slot in enumerate(slots)]
         answer: Any = None
         while True:
             try:

@@ -6,6 +6,7 @@ from typing import Any
 
 from xxhash import xxh3_128
 
+from ggez_merge.backend import Device, choose
 from ggez_merge.carry import carried_files, config_bytes, content, updated_config
 from ggez_merge.errors import Failed, Interrupted, Refused
 from ggez_merge.plan import Plan
@@ -17,9 +18,17 @@ from ggez_merge.write import REPORT, Staging, finished_before, stage, tidy
 DEFAULT_MEMORY_BYTES = 192 << 20
 
 
+def device_for(plan: Plan, wanted: str) -> Device:
+    """The device for a plan: `auto`, `cpu`, `cuda` (all GPUs) or `cuda:1`. Refused if it is not there."""
+    doubles = any(tensor.dtype == "F64" for output in plan.outputs for tensor in output.inputs)
+    doubles = doubles or any(output.entry.dtype == "F64" for output in plan.outputs)
+    return choose(wanted, method=plan.method.name, measures=plan.measure_bytes > 0, doubles=doubles)
+
+
 def merge(
     plan: Plan,
     *,
+    device: Device | None = None,
     threads: int | None = None,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     resume: bool = False,
@@ -30,17 +39,19 @@ def merge(
 ) -> Outcome | None:
     """Carry out a plan: the output folder appears complete, or not at all.
 
-    memory_bytes bounds all buffers, whatever the size of the tensors. Returns None if `resume` finds the very same
+    memory_bytes bounds all buffers, whatever the size of the tensors; a device is given as much of its own memory.
+    `device` is what `device_for` answers, by default for "auto". Returns None if `resume` finds the very same
     merge already finished. Raises Refused (an output in the way, bad weights), Failed or Interrupted; after the
     last two the work done so far stays beside the output and `resume` takes it up.
     """
     if resume and finished_before(plan.folder, plan.fingerprint):
         tidy(plan.folder)
         return None
-    size = sizing(plan, threads, memory_bytes)
+    device = device or device_for(plan, "auto")
+    size = sizing(plan, threads, memory_bytes, device)
     staging = stage(plan.folder, plan.fingerprint, resume=resume, overwrite=overwrite)
     try:
-        outcome = run(plan, staging, size, memory_bytes, progress, stop or Stop())
+        outcome = run(plan, staging, device, size, memory_bytes, progress, stop or Stop())
         _write_files(plan, outcome, staging, copy_code)
         staging.commit()
     except Refused:

@@ -33,12 +33,13 @@ def align(n_bytes: int) -> int:
 class Arena:
     """One worker's memory: a page-aligned buffer, allocated once and carved anew for every piece of work.
 
-    Pages cost memory only once touched, so an arena is a bound, not a cost.
+    Pages cost memory only once touched, so an arena is a bound, not a cost. `memory`, page-aligned bytes that are there
+    already, is used instead of new pages if given.
     """
 
-    def __init__(self, n_bytes: int) -> None:
+    def __init__(self, n_bytes: int, memory: memoryview | None = None) -> None:
         self.n_bytes = n_bytes
-        self._view = memoryview(mmap.mmap(-1, max(align(n_bytes), ALIGNMENT)))
+        self._view = memoryview(mmap.mmap(-1, max(align(n_bytes), ALIGNMENT))) if memory is None else memory
 
     def carve(self, sizes: Sequence[int]) -> list[memoryview]:
         """Aligned, disjoint parts of the given sizes, from the start of the arena; ValueError if they don't fit."""

@@ -1,13 +1,13 @@
 """The loop: measure, then combine block by block into the output's shards, with progress, resume and a report.
 
-Workers take blocks in order. Each reads the block's tiles into its own arena, runs one kernel call per tile straight
-into the output buffer, writes the block at its offset, and adds it to the shard's hash when its turn comes.
+Workers take blocks in order, each as soon as it has a slot. A worker reads the block's tiles into its slot, has one
+kernel call per tile fill the output buffer, writes the block at its offset, and adds it to the shard's hash when its
+turn comes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 import threading
 import time
@@ -19,18 +19,18 @@ from typing import Any, Protocol
 import numpy as np
 
 from ggez_kernels.sparsify import Stats
-from ggez_merge.backend import load_kernels
+from ggez_merge.backend import Device
 from ggez_merge.checkpoint import FLOATS
 from ggez_merge.errors import Failed, Interrupted, Problem, Refused
 from ggez_merge.measure import CHUNK, Bench, measure
 from ggez_merge.methods.method import Apply
 from ggez_merge.plan import Plan
 from ggez_merge.read import NUMPY_DTYPE, Arena, Files, align
-from ggez_merge.shards import Block, Span, block_bytes, blocks
+from ggez_merge.shards import LEAST_BLOCK_BYTES, Block, Span, block_bytes, blocks
+from ggez_merge.slots import Slot
 from ggez_merge.write import ShardWriter, Staging, latest, prefers_direct
 
 HASH_BUFFER_BYTES = 1 << 20
-MOST_THREADS = 16
 
 
 class Progress(Protocol):
@@ -91,20 +91,19 @@ class Sizing:
     block_bytes: int
 
 
-def sizing(plan: Plan, threads: int | None, memory_bytes: int) -> Sizing:
-    """Threads, their arenas and the block size for a budget; Refused if the budget is too small for a single block.
+def sizing(plan: Plan, threads: int | None, memory_bytes: int, device: Device) -> Sizing:
+    """Workers, their slots' arenas and the block size for a budget; Refused if it is too small for a single block.
 
-    By default as many workers as cores, but no more than any disk keeps busy. Fewer are used if that is what the
-    budget allows.
+    As many workers as the device wants by default; fewer if that is what the budget allows.
     """
-    wanted = threads or min(os.cpu_count() or 1, MOST_THREADS)
-    for workers in range(min(wanted, max(1, plan.write_bytes // (64 << 10) + 1)), 0, -1):
+    wanted = threads or device.slots
+    for workers in range(min(wanted, max(1, plan.write_bytes // LEAST_BLOCK_BYTES + 1)), 0, -1):
         arena = (memory_bytes - HASH_BUFFER_BYTES) // workers
-        block = block_bytes(arena, plan.n_inputs, plan.widening)
+        block = block_bytes(arena, plan.n_inputs, plan.widening, device.most_block_bytes)
         if block and arena >= least_arena(plan):
             return Sizing(workers, arena, block)
     needed = HASH_BUFFER_BYTES + max(
-        least_arena(plan), int((64 << 10) * (1 + plan.n_inputs * plan.widening)) + (plan.n_inputs + 2) * 4096
+        least_arena(plan), int(LEAST_BLOCK_BYTES * (1 + plan.n_inputs * plan.widening)) + (plan.n_inputs + 2) * 4096
     )
     raise Refused(
         Problem(
@@ -125,9 +124,11 @@ def least_arena(plan: Plan) -> int:
     )
 
 
-def run(plan: Plan, staging: Staging, size: Sizing, memory_bytes: int, progress: Progress, stop: Stop) -> Outcome:
+def run(
+    plan: Plan, staging: Staging, device: Device, size: Sizing, memory_bytes: int, progress: Progress, stop: Stop
+) -> Outcome:
     """Compute every shard into the staging folder. Raises Refused for bad weights, Failed, or Interrupted."""
-    return _Run(plan, staging, size, progress, stop).run(memory_bytes)
+    return _Run(plan, staging, size, progress, stop).run(device, memory_bytes)
 
 
 class _Run:
@@ -139,12 +140,10 @@ class _Run:
         self.stop = stop
         self.tallies = [Tally([0.0] * len(output.models), [0] * len(output.inputs)) for output in plan.outputs]
         self.lock = threading.Lock()
-        self.arenas: queue.SimpleQueue[Arena] = queue.SimpleQueue()
-        for _ in range(size.threads):
-            self.arenas.put(Arena(size.arena_bytes))
+        self.free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
         self.spoilt = False  # a weight that must not be merged was seen: read on to find them all, write no more
 
-    def run(self, memory_bytes: int) -> Outcome:
+    def run(self, device: Device, memory_bytes: int) -> Outcome:
         began = time.perf_counter()
         seconds: dict[str, float] = {}
         with (
@@ -156,7 +155,10 @@ class _Run:
             try:
                 input_hashes = hashing.submit(self._hash_inputs)  # meanwhile the kernels are loaded
                 probe = executor.submit(prefers_direct, self.staging.checkpoint, self.plan.write_bytes)
-                self.kernels, device = load_kernels()
+                backend = device.load()
+                self.kernels = backend.kernels
+                for number in range(self.size.threads):
+                    self.free.put(backend.slot(number, self.size.arena_bytes))
                 direct = probe.result()
                 self.applies = self._measure()
                 seconds["measure"] = time.perf_counter() - began
@@ -174,7 +176,7 @@ class _Run:
             tallies=self.tallies,
             input_hashes=hashes,
             output_hashes=output_hashes,
-            device=device,
+            device=backend.name,
             threads=self.size.threads,
             memory_bytes=memory_bytes,
             resumed_bytes=resumed,
@@ -193,7 +195,7 @@ class _Run:
             executor=self.executor,
             n_workers=self.size.threads,
             arena_bytes=self.size.arena_bytes,
-            lend_arena=self._lend,
+            lend=self._lend,
             advance=self._advance,
             wait=self._wait,
         )
@@ -220,8 +222,8 @@ class _Run:
             self._wait([self.executor.submit(self._work, waiting) for _ in range(self.size.threads)])
             hashes: dict[str, str] = {}
             if not self.spoilt:
-                with self._lend() as arena:
-                    hashes = {writer.shard.name: writer.finish(arena) for writer in self.writers}
+                with self._lend() as slot:
+                    hashes = {writer.shard.name: writer.finish(slot.arena) for writer in self.writers}
         finally:
             for writer in self.writers:
                 writer.close()
@@ -229,8 +231,8 @@ class _Run:
 
     def _resume(self) -> None:
         """Take over what an interrupted run finished, with what it saw, after reading it back."""
-        with self._lend() as arena:
-            (view,) = arena.carve([self.size.block_bytes])
+        with self._lend() as slot:
+            (view,) = slot.arena.carve([self.size.block_bytes])
             for number, writer in enumerate(self.writers):
                 records = latest(self.staging.records, number, len(writer.shard.header))
                 if records and writer.resume(records[-1]["bytes"], records[-1]["xxh3_128"], view):
@@ -240,21 +242,21 @@ class _Run:
                             tally.delta_squares = [a + b for a, b in zip(tally.delta_squares, squares, strict=True)]
 
     def _work(self, waiting: Iterator[Block]) -> None:
-        with self._lend() as arena:
+        with self._lend() as slot:
             while not self.stop.event.is_set():
                 with self.lock:
                     block = next(waiting, None)
                 if block is None:
                     return
-                self._block(block, arena)
+                self._block(block, slot)
 
-    def _block(self, block: Block, arena: Arena) -> None:
+    def _block(self, block: Block, slot: Slot) -> None:
         writer = self.writers[block.shard]
         room = align(block.nbytes)
-        (out,) = arena.carve([room])
+        (out,) = slot.arena.carve([room])
         seen: list[tuple[int, list[float]]] = []
         for span in block.spans:
-            stats = self._tile(span, out[span.at : span.at + span.nbytes], arena, room)
+            stats = self._tile(span, out[span.at : span.at + span.nbytes], slot, room)
             if stats is not None and any(stats.delta_squares):
                 seen.append((span.output, list(stats.delta_squares)))
         if not self.spoilt:
@@ -269,31 +271,31 @@ class _Run:
         writer.hash_in_turn(out[: block.nbytes], block.offset, self.stop.event, note)
         self._advance(block.nbytes)
 
-    def _tile(self, span: Span, out: memoryview, arena: Arena, taken: int) -> Stats | None:
+    def _tile(self, span: Span, out: memoryview, slot: Slot, taken: int) -> Stats | None:
         output = self.plan.outputs[span.output]
         tally = self.tallies[span.output]
         if output.entry.dtype not in FLOATS:
-            self._copy_bytes(span, out, arena, taken)
+            self._copy_bytes(span, out, slot.arena, taken)
             return None
         out_dtype = NUMPY_DTYPE[output.entry.dtype]
         first, n = span.start // out_dtype.itemsize, span.nbytes // out_dtype.itemsize
         dtypes = [NUMPY_DTYPE[tensor.dtype] for tensor in output.inputs]
-        views = arena.carve([taken, *(n * dtype.itemsize for dtype in dtypes)])[1:]
+        views = slot.arena.carve([taken, *(n * dtype.itemsize for dtype in dtypes)])[1:]
         for tensor, dtype, view in zip(output.inputs, dtypes, views, strict=True):
             self.files.read(tensor, first * dtype.itemsize, view)
-        arrays = [np.frombuffer(view, dtype) for dtype, view in zip(dtypes, views, strict=True)]
-        target = np.frombuffer(out, out_dtype)
-        apply = self.applies[span.output]
-        if apply is None:
-            stats = self.kernels.linear(target, None, arrays, [1.0])
-        else:
-            base = arrays[0] if output.base else None
-            stats = apply(target, base, arrays[1:] if output.base else arrays, first)
+        arrays = slot.arrays(views, dtypes)
+        apply = self.applies[span.output] or self._convert
+        base = arrays[0] if output.base and self.applies[span.output] else None
+        stats = slot.combine(apply, out, out_dtype, base, arrays if base is None else arrays[1:], first)
         with self.lock:
             tally.add(stats)
             if self.plan.recipe.nonfinite == "error" and (any(stats.nonfinite) or stats.nonfinite_out):
                 self.spoilt = True
         return stats
+
+    def _convert(self, out: Any, base: Any, models: Any, start: int) -> Stats:
+        """A tensor that is copied, perhaps into another dtype."""
+        return self.kernels.linear(out, None, models, [1.0])
 
     def _copy_bytes(self, span: Span, out: memoryview, arena: Arena, taken: int) -> None:
         """A tensor that is no float: the first input's bytes, after a look whether the others have the same."""
@@ -359,12 +361,13 @@ class _Run:
         return hashes
 
     @contextlib.contextmanager
-    def _lend(self) -> Iterator[Arena]:
-        arena = self.arenas.get()
+    def _lend(self) -> Iterator[Slot]:
+        slot = self.free.get()
         try:
-            yield arena
+            yield slot
         finally:
-            self.arenas.put(arena)
+            slot.settle()
+            self.free.put(slot)
 
     def _advance(self, n_bytes: int) -> None:
         if self.stop.signal_number:

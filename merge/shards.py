@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from ggez_merge.checkpoint import ITEM_BITS
 
 PAGE = 4096  # the header is padded to it, so that data starts page-aligned and direct IO can write it
-MOST_BLOCK_BYTES = 2 << 20  # inputs and output of all workers then stay in the caches; disks want no more
 LEAST_BLOCK_BYTES = 64 << 10
 
 
@@ -105,14 +104,14 @@ def index_json(shards: Sequence[Shard], entries: Sequence[Entry], parameters: in
     return json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n"
 
 
-def block_bytes(arena_bytes: int, n_inputs: int, widening: float) -> int:
+def block_bytes(arena_bytes: int, n_inputs: int, widening: float, most: int) -> int:
     """The largest block (a multiple of PAGE) for which one worker's output and inputs fit in its arena; 0 if none does.
 
-    widening: input bytes for each output byte, at the worst.
+    widening: input bytes for each output byte, at the worst. most: what the device has any use for.
     """
     room = arena_bytes - (n_inputs + 1) * PAGE
     size = int(room / (1 + n_inputs * widening)) // PAGE * PAGE
-    return min(size, MOST_BLOCK_BYTES) if size >= LEAST_BLOCK_BYTES else 0
+    return min(size, most) if size >= LEAST_BLOCK_BYTES else 0
 
 
 def blocks(shards: Sequence[Shard], entries: Sequence[Entry], block: int, done: Sequence[int]) -> Iterator[Block]:

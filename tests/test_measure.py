@@ -22,7 +22,8 @@ from ggez_merge.errors import Interrupted
 from ggez_merge.measure import CHUNK, Bench, measure
 from ggez_merge.methods.method import Job, Kernels, Measurement, Method, Sweep, Tile
 from ggez_merge.plan import Plan
-from ggez_merge.read import Arena, Files
+from ggez_merge.read import Files
+from ggez_merge.slots import HostSlot
 
 SIZES = {"a": 3 * CHUNK + 5, "b": 10, "c": 0, "d": CHUNK, "e": 2 * CHUNK + 1}
 RECIPE = "{merge_method: task_arithmetic, base_model: base, models: [model: one], parameters: {weight: 1}}"
@@ -54,17 +55,17 @@ class Told:
 
 def measured(plan: Plan, method: Method, workers: int, arena_bytes: int, told: Told | None = None) -> list[Any]:
     told = told or Told()
-    arenas: queue.SimpleQueue[Arena] = queue.SimpleQueue()
+    slots: queue.SimpleQueue[HostSlot] = queue.SimpleQueue()
     for _ in range(workers):
-        arenas.put(Arena(arena_bytes))
+        slots.put(HostSlot(arena_bytes))
 
     @contextmanager
-    def lend() -> Iterator[Arena]:
-        arena = arenas.get(timeout=60)
+    def lend() -> Iterator[HostSlot]:
+        slot = slots.get(timeout=60)
         try:
-            yield arena
+            yield slot
         finally:
-            arenas.put(arena)
+            slots.put(slot)
 
     def wait(futures: Sequence[Future[Any]]) -> list[Any]:
         return [future.result(timeout=60) for future in futures]
@@ -77,7 +78,7 @@ def measured(plan: Plan, method: Method, workers: int, arena_bytes: int, told: T
             executor=executor,
             n_workers=workers,
             arena_bytes=arena_bytes,
-            lend_arena=lend,
+            lend=lend,
             advance=told.advance,
             wait=wait,
         )

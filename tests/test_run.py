@@ -33,12 +33,14 @@ from merging import (
     tensors,
 )
 
+from ggez_merge.backend import choose
 from ggez_merge.errors import Interrupted, Problem, Refused
 from ggez_merge.methods.method import Job, Kernels, Measurement
 from ggez_merge.progress import Silent
 from ggez_merge.run import HASH_BUFFER_BYTES, Stop, sizing
 from ggez_merge.write import REPORT
 
+CPU = choose("cpu", method="", measures=False, doubles=False)
 FLOATS = {tag: DTYPES[tag] for tag in ("BF16", "F16", "F32", "F64")}
 SHAPES = {"a": (70_001,), "scalar": (), "b": (3, 5), "none": (0,), "one": (1,), "wide": (2, 3, 40_000), "z": (131,)}
 DARE = TASK.replace("task_arithmetic", "dare_linear").replace("weight:", "density: 0.6, weight:")
@@ -513,18 +515,18 @@ class TestSizing:
     def test_a_budget_too_small_is_refused_with_one_that_is_enough(self, trio: Path) -> None:
         plan = plan_of(trio, TIES)
         with pytest.raises(Refused) as caught:
-            sizing(plan, 4, 1 << 20)
+            sizing(plan, 4, 1 << 20, CPU)
         expected = str(caught.value.problems[0].expected)
         enough = int(expected.split(" bytes")[0].removeprefix("at least ").replace(",", ""))
-        assert sizing(plan, 4, enough).threads == 1
+        assert sizing(plan, 4, enough, CPU).threads == 1
         with pytest.raises(Refused):
-            sizing(plan, 4, enough - 8192)
+            sizing(plan, 4, enough - 8192, CPU)
         assert bytes_of(trio, TIES, memory_bytes=enough, threads=4) == bytes_of(trio, TIES)
 
     @settings(max_examples=50, deadline=None)
     @given(threads=st.integers(1, 64), memory_bytes=st.integers(LITTLE_MEMORY, 1 << 30))
     def test_arenas_and_hashing_stay_within_the_budget(self, trio: Path, threads: int, memory_bytes: int) -> None:
-        size = sizing(plan_of(trio, TIES), threads, memory_bytes)
+        size = sizing(plan_of(trio, TIES), threads, memory_bytes, CPU)
         assert size.threads * size.arena_bytes + HASH_BUFFER_BYTES <= memory_bytes
         assert 1 <= size.threads <= threads
         assert size.block_bytes % 4096 == 0
