@@ -60,6 +60,9 @@ class Cuda:
         except torch.OutOfMemoryError as error:
             raise Failed(f"{self.name}: no room for {n_bytes:,} bytes: lower --memory. {error}") from error
 
+    def copy(self, to: torch.Tensor, source: torch.Tensor) -> None:
+        to.copy_(source, non_blocking=True)
+
 
 def count() -> int:
     """How many GPUs torch can use."""

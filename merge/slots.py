@@ -95,6 +95,9 @@ class Accelerator(Protocol):
     def memory(self, n_bytes: int) -> torch.Tensor:
         """uint8[n_bytes] on the device."""
 
+    def copy(self, to: torch.Tensor, source: torch.Tensor) -> None:
+        """In the stream that does this: from memory here to memory there, or back."""
+
 
 class DeviceSlot:
     """On a device: the arena's twin there has everything at the same offsets."""
@@ -111,7 +114,7 @@ class DeviceSlot:
 
         def copy() -> None:
             for place in places:
-                self._twin[place].copy_(self._host[place], non_blocking=True)
+                self._accelerator.copy(self._twin[place], self._host[place])
 
         self._under_way = [self._accelerator.copy_in.do(copy)]
         return [self._there(place, dtype) for place, dtype in zip(places, dtypes, strict=True)]
@@ -128,7 +131,7 @@ class DeviceSlot:
         target = self._there(place, dtype)
 
         def copy() -> None:
-            self._host[place].copy_(self._twin[place], non_blocking=True)
+            self._accelerator.copy(self._host[place], self._twin[place])
 
         with self._errors():
             combined = self._then(self._accelerator.compute, lambda: apply(target, base, models, start))

@@ -106,7 +106,12 @@ def check_spans(block: Block, shard: Shard, entries: list[Entry]) -> None:
     assert at == block.nbytes
 
 
-@given(st.integers(0, 1 << 28), st.integers(1, 9), st.sampled_from([0.25, 0.5, 1.0, 2.0, 4.0]), st.sampled_from([2 << 20, 16 << 20]))
+@given(
+    st.integers(0, 1 << 28),
+    st.integers(1, 9),
+    st.sampled_from([0.25, 0.5, 1.0, 2.0, 4.0]),
+    st.sampled_from([2 << 20, 16 << 20]),
+)
 def test_a_block_and_its_inputs_fit_the_arena(arena: int, n_inputs: int, widening: float, most: int) -> None:
     size = block_bytes(arena, n_inputs, widening, most)
     assert size == 0 or LEAST_BLOCK_BYTES <= size <= most
