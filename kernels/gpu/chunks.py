@@ -39,8 +39,8 @@ def chunk_launches(size: int, is_aligned: bool) -> Iterator[tuple[int, int, bool
 
 @jit
 def chunk_elements(chunk: tl.tensor, size: tl.tensor, ALIGNED: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """Where a chunk begins and ends."""
-    begin = chunk.to(tl.int64) * _CHUNK
+    """Where a chunk, an int64, begins and ends."""
+    begin = chunk * _CHUNK
     end = tl.minimum(begin + _CHUNK, size)
     if ALIGNED:  # so it is, as the compiler sees
         end = end // 16 * 16

@@ -57,7 +57,7 @@ def _l1(
     STEP: tl.constexpr,
     ALIGNED: tl.constexpr,
 ) -> None:
-    program = tl.program_id(0)
+    program = tl.program_id(0).to(tl.int64)
     start, base, model = tl.load(table), table + 1, table + 1 + FIELDS
     base_address, model_address = tl.load(base + ADDRESS), tl.load(model + ADDRESS)
     begin, end = chunk_elements(first + program, size, ALIGNED)

@@ -67,7 +67,7 @@ def _gram(
     ALIGNED: tl.constexpr,
 ) -> None:
     """One pair in one chunk: sums[chunk - first, pair]. The products of float32 numbers are exact in float64."""
-    program = tl.program_id(0)
+    program = tl.program_id(0).to(tl.int64)
     addresses = table + 1 + program % pairs * 2
     base, left, right = tl.load(table), tl.load(addresses), tl.load(addresses + 1)
     begin, end = chunk_elements(first + program // pairs, size, ALIGNED)

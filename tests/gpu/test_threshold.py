@@ -87,6 +87,14 @@ def test_what_lies_around_a_tile_is_not_counted(dtype: Any, offset: int, size: i
     assert gpu.nth_tie(*inside, one, size - 1) == size - 1
 
 
+def test_every_nan_has_the_same_key() -> None:
+    bits = np.array([0x7FC0, 0x7FFF, 0xFFFF, 0x7F81, 0xFF81, 0x7F80, 0xFF80, 0x7F7F], np.uint16)
+    model, base = tensor(bits.view(BF16)), torch.zeros(8, dtype=torch.bfloat16)
+    assert gpu.ties(base, model, NAN_KEY) == 5
+    assert gpu.nth_tie(base, model, NAN_KEY, 4) == 4
+    assert gpu.histogram(base, model, low=INFINITY_KEY, high=INFINITY_KEY + 2).tolist() == [2, 0, 5]
+
+
 def test_a_program_counts_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(2)
     size = 4 * gpu.BLOCK + 777
