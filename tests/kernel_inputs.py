@@ -27,8 +27,12 @@ def as_bytes(array: Array) -> bytes:
 
 
 def with_gap(size: int, dtype: np.dtype[Any], lead: int = 8, tail: int = 8) -> tuple[Array, Callable[[], bool]]:
-    """An output of `size` elements inside a larger buffer, and a question whether its surroundings are untouched."""
-    whole = np.full((lead + size + tail) * dtype.itemsize, 0xA5, np.uint8)
+    """An output of `size` elements inside a larger buffer, and a question whether its surroundings are untouched.
+
+    It begins `lead` elements after a cache line does.
+    """
+    room = np.full((lead + size + tail) * dtype.itemsize + 64, 0xA5, np.uint8)
+    whole = room[-room.ctypes.data % 64 :][: (lead + size + tail) * dtype.itemsize]
     inside = whole[lead * dtype.itemsize : (lead + size) * dtype.itemsize].view(dtype)
 
     def untouched() -> bool:

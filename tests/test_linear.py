@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_inputs import BF16, DTYPES, F16, F32, F64, Array, Case, as_bytes, cases, make, widened, with_gap, work_dtype
 
-from ggez_kernels.cpu.linear import linear
+from ggez_kernels.cpu.linear import STREAM_BYTES, linear, linear_many
 from ggez_kernels.reference.linear import linear as definition
+from ggez_kernels.reference.linear import linear_many as definition_of_many
 from ggez_kernels.sparsify import Sparsify, Stats
 
 quickly = settings(max_examples=80, deadline=None)
@@ -167,6 +168,102 @@ def test_an_unaligned_view_is_as_good() -> None:
     odd, _ = run(linear, Case(base[1:], [model[1:]], [0.4], BF16, None, 0))
     even, _ = run(linear, Case(base[1:].copy(), [model[1:].copy()], [0.4], BF16, None, 0))
     assert as_bytes(odd) == as_bytes(even)
+
+
+def run_many(kernel: Any, case: Case, rows: list[list[float]], leads: list[int]) -> list[tuple[Array, Stats]]:
+    """One output for each row of weights, each so many elements after a cache line begins."""
+    outs, untouched = zip(*(with_gap(case.models[0].size, case.out_dtype, lead) for lead in leads), strict=True)
+    stats = kernel(outs, case.base, case.models, rows)
+    assert all(intact() for intact in untouched)
+    return list(zip(outs, stats, strict=True))
+
+
+def agree(case: Case, rows: list[list[float]], found: list[tuple[Array, Stats]]) -> None:
+    """Each output has the bytes and the statistics of a call of its own."""
+    for row, (out, stats) in zip(rows, found, strict=True):
+        expected, wanted = run(linear, Case(case.base, case.models, row, case.out_dtype, None, 0))
+        assert as_bytes(out) == as_bytes(expected)
+        assert (stats.nonfinite, stats.nonfinite_out) == (wanted.nonfinite, wanted.nonfinite_out)
+        for square, right in zip(stats.delta_squares, wanted.delta_squares, strict=True):
+            if right < 1e30:  # beyond, single squares leave float32
+                assert square == pytest.approx(right, rel=1e-5)
+
+
+RATIOS = (0.3, 0.5, 0.75, 1.0, -0.4, 1.6, 0.0, 1e-42, 1 - 2.0**-24, -3e38, float("inf"))
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases(thin=False), st.sampled_from((1, 2, 11)), st.data())
+def test_many_outputs_in_one_read_have_the_bytes_of_many_calls(case: Case, count: int, data: Any) -> None:
+    weight = st.sampled_from(RATIOS)
+    rows = [[data.draw(weight) for _ in case.models] for _ in range(count)]
+    leads = data.draw(st.sampled_from(([8], [0], [13], [8, 2]))) * count
+    with np.errstate(all="ignore"):
+        for kernel in (linear_many, definition_of_many):
+            agree(case, rows, run_many(kernel, case, rows, leads[:count]))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("leads", [[0], [8], [13], [8, 8, 2]])
+@pytest.mark.parametrize("flavour", ["plain", "special", "nonfinite"])
+def test_outputs_larger_than_the_caches(count: int, leads: list[int], flavour: str) -> None:
+    """They are stored in another way, line by line, which has to begin and end where each of them does."""
+    rng = np.random.default_rng(count)
+    rows = [[ratio, *[0.4] * (count - 1)] for ratio in (0.0, -0.4, 1e-42, 0.1, 0.3, 0.5, 0.75, 0.9, 1.0, 1.6)]
+    size = STREAM_BYTES // 2 // len(rows) + 4096 + 77
+    base = make(rng, size, BF16, "plain")
+    base[::7] = -0.0
+    models = [make(rng, size, BF16, "plain", base) for _ in range(count)]
+    models[0][::7] = 0.0
+    if flavour != "plain":  # in one span out of many
+        models[count // 2][9000:9100] = make(rng, 100, BF16, flavour)
+    case = Case(base, models, [], BF16, None, 0)
+    agree(case, rows, run_many(linear_many, case, rows, (leads * len(rows))[: len(rows)]))
+
+
+@pytest.mark.parametrize("row", [[3e38], [-3e38], [3e38, 1e38]])
+def test_an_overflow_is_counted_for_the_output_that_has_it(row: list[float]) -> None:
+    base, model = np.zeros(3 * 4096, BF16), np.ones(3 * 4096, BF16)
+    model[4096:8192] = 2
+    case = Case(base, [model] * len(row), [], BF16, None, 0)
+    found = run_many(linear_many, case, [[0.5] * len(row), row], [0, 0])
+    assert [stats.nonfinite_out > 0 for _, stats in found] == [False, True]
+    agree(case, [[0.5] * len(row), row], found)
+
+
+FOUR = np.zeros(4, F32)
+TWO_ROWS: dict[str, Any] = {"outs": [FOUR, FOUR], "base": FOUR, "models": [FOUR], "weights": [[0.5], [0.6]]}
+
+
+@pytest.mark.parametrize("kernel", [linear_many, definition_of_many])
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"outs": [], "weights": []}, ValueError, "at least one output"),
+        ({"weights": [[0.5]]}, ValueError, "2 outputs need 2 rows of weights, found 1"),
+        ({"outs": [FOUR, np.zeros(4, F16)]}, TypeError, "one dtype, found float32, float16"),
+        ({"outs": [np.zeros(4, np.int32)] * 2}, TypeError, "int32"),
+    ],
+)
+def test_outputs_that_do_not_fit_are_refused(
+    kernel: Any, change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        kernel(**(TWO_ROWS | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weights": [[0.5], [0.5, 0.5]]}, "1 models need 1 weights, output 1 has 2"),
+        ({"outs": [FOUR, np.zeros(5, F32)]}, "output 1 has 5 elements"),
+        ({"outs": [np.zeros(5, F32), FOUR]}, "output 0 has 5 elements"),
+        ({"models": []}, "at least one model"),
+    ],
+)
+def test_the_output_that_is_wrong_is_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        linear_many(**(TWO_ROWS | change))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,10 @@ Each loop does for a whole span what the row-by-row way of `linear` and `vote` d
 in pairs, as 32-bit words: widening is then a shift or a mask, and no lane of a vector register ever changes place.
 It answers the largest magnitude of the unrounded result, like `rounding.store`; where that is not finite the caller
 repeats the span row by row.
+
+For many outputs of the same inputs, `survey` does once what they share, and a loop named `one_...` the rest for each.
+These take place in the first-level cache, so what they write would be their only traffic with memory: it can go there
+past the caches, without reading first what it overwrites.
 """
 
 from __future__ import annotations
@@ -13,10 +17,11 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from .compiled import compiled, pointer
+from .compiled import LINE, compiled, pointer, stream_line
 
 SPAN = 4096
 WORDS = SPAN // 2
+PIECE = 64  # words between two bursts of stores past the caches, so that arithmetic goes on while they are under way
 LANES = 512  # running sums of squares for each of two models: they stay in the first-level cache beside four streams
 
 f32, u32 = np.float32, np.uint32
@@ -105,6 +110,93 @@ def back_from(base: Any, x: Any, rest: Any, out: Any, squares: Any) -> Any:
         out[i] = pack(lo, hi)
         largest = larger(lo, hi, largest)
     return largest
+
+
+@compiled
+def survey(stored_base: Any, stored_x: Any, base: Any, x: Any, squares: Any) -> Any:
+    """What many merges of the same span share: its squares, and a copy in the first-level cache, aligned to lines.
+
+    Answers the largest magnitude, as a number.
+    """
+    largest = u32(0)
+    for i in range(WORDS):
+        base[i], x[i] = stored_base[i], stored_x[i]
+        base_lo, base_hi = low(stored_base[i]), high(stored_base[i])
+        x_lo, x_hi = low(stored_x[i]), high(stored_x[i])
+        delta_lo, delta_hi = x_lo - base_lo, x_hi - base_hi
+        squares[i] += delta_lo * delta_lo + delta_hi * delta_hi
+        largest = larger(base_lo, base_hi, larger(x_lo, x_hi, largest))
+    return u32(largest).view(np.float32)
+
+
+@compiled
+def one_towards(base: Any, x: Any, weight: Any, out: Any, target: Any) -> None:
+    """base + weight * (x - base), of a surveyed span. See `one_copy` for `target`."""
+    source = out.ctypes.data
+    for first in range(0, WORDS, PIECE):
+        for i in range(first, first + PIECE):
+            base_lo, base_hi = low(base[i]), high(base[i])
+            lo = moved(base_lo, weight * f32(low(x[i]) - base_lo))
+            hi = moved(base_hi, weight * f32(high(x[i]) - base_hi))
+            out[i] = pack(lo, hi)
+        if target:
+            for at in range(4 * first, 4 * (first + PIECE), LINE):
+                stream_line(target + at, source + at)
+
+
+@compiled
+def one_back_from(base: Any, x: Any, rest: Any, out: Any, target: Any) -> None:
+    """x - rest * (x - base), of a surveyed span. See `one_copy` for `target`."""
+    source = out.ctypes.data
+    zero = f32(0)
+    for first in range(0, WORDS, PIECE):
+        for i in range(first, first + PIECE):
+            base_lo, base_hi = low(base[i]), high(base[i])
+            x_lo, x_hi = low(x[i]), high(x[i])
+            delta_lo, delta_hi = x_lo - base_lo, x_hi - base_hi
+            lo = base_lo if delta_lo == zero else f32(x_lo - rest * delta_lo)
+            hi = base_hi if delta_hi == zero else f32(x_hi - rest * delta_hi)
+            out[i] = pack(lo, hi)
+        if target:
+            for at in range(4 * first, 4 * (first + PIECE), LINE):
+                stream_line(target + at, source + at)
+
+
+@compiled
+def one_sum(cached: Any, reals: Any, r: Any, room: Any, out: Any, target: Any) -> None:
+    """base + sum of weight_k * (x_k - base): at `cached` stands the base's span, and those of all x after it."""
+    source = out.ctypes.data
+    count = reals.shape[1]
+    lower = carray(pointer(room), PIECE, np.float32)
+    upper = carray(pointer(room + 4 * PIECE), PIECE, np.float32)
+    for first in range(0, SPAN, 2 * PIECE):
+        base = words_of(cached, first)
+        for k in range(count):
+            x = words_of(cached, first + SPAN * (1 + k))
+            weight = f32(reals[r, k, 0])
+            for i in range(PIECE):
+                term_lo = weight * f32(low(x[i]) - low(base[i]))
+                term_hi = weight * f32(high(x[i]) - high(base[i]))
+                lower[i] = term_lo if k == 0 else f32(lower[i] + term_lo)
+                upper[i] = term_hi if k == 0 else f32(upper[i] + term_hi)
+        piece = words_of(source, first)
+        for i in range(PIECE):
+            piece[i] = pack(moved(low(base[i]), lower[i]), moved(high(base[i]), upper[i]))
+        if target:
+            for at in range(2 * first, 2 * first + 4 * PIECE, LINE):
+                stream_line(target + at, source + at)
+
+
+@compiled
+def one_copy(end: Any, out: Any, target: Any) -> None:
+    """One end of the way. If `target`, a multiple of LINE, is not 0, the span goes to that address, past the caches."""
+    source = end.ctypes.data
+    if target:
+        for at in range(0, 4 * WORDS, LINE):
+            stream_line(target + at, source + at)
+    else:
+        for i in range(WORDS):
+            out[i] = end[i]
 
 
 @compiled

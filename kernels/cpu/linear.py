@@ -3,16 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from ggez_kernels.sparsify import Sparsify, Stats
 
-from .bf16 import SPAN, WORDS, back_from, sum_of_two, towards, towards_two, words_of
-from .compiled import compiled
+from .bf16 import (
+    SPAN,
+    WORDS,
+    back_from,
+    one_back_from,
+    one_copy,
+    one_sum,
+    one_towards,
+    sum_of_two,
+    survey,
+    towards,
+    towards_two,
+    words_of,
+)
+from .compiled import LINE, compiled, drain
 from .rounding import BF16, narrow, overflow_bits, widen
-from .strips import ABSENT, ADDRESS, CHANGES, CODE, RESCALE, STRIP, WEIGHT, Array, Call, nonfinite_counts, prepare, thin
+from .strips import (
+    ABSENT,
+    ADDRESS,
+    CHANGES,
+    CODE,
+    RESCALE,
+    STRIP,
+    WEIGHT,
+    Array,
+    Call,
+    address_of,
+    nonfinite_counts,
+    prepare,
+    row_of,
+    thin,
+)
+
+STREAM_BYTES = 16 << 20  # outputs larger than that together go past the caches, which could not keep them
 
 
 def linear(
@@ -36,6 +67,67 @@ def linear(
     squares, sums = running_squares(call)
     nonfinite_out = _linear(call.table, call.reals, call.size, start, call.paired, scratch, words, squares, sums)
     return collect(call, base is not None, sums, nonfinite_out)
+
+
+def linear_many(
+    outs: Sequence[Array], base: Array | None, models: Sequence[Array], weights: Sequence[Sequence[float]]
+) -> list[Stats]:
+    """outs[r] = linear(base, models, weights[r]), to the bit, with the inputs read from memory once.
+
+    A sweep's candidates: one row of weights and one Stats for each output. The outputs have one dtype, and overlap
+    neither an input nor each other. Arrays and errors as for `linear`.
+    """
+    if not outs:
+        raise ValueError("at least one output is needed")
+    if len(weights) != len(outs):
+        raise ValueError(f"{len(outs)} outputs need {len(outs)} rows of weights, found {len(weights)}")
+    if len({out.dtype for out in outs}) > 1:
+        raise TypeError("the outputs must have one dtype, found " + ", ".join(str(out.dtype) for out in outs))
+    if len(outs) == 1:
+        return [linear(outs[0], base, models, weights[0])]
+    call = prepare(outs[0], base, models, weights[0], out_name="output 0")
+    rows = [row_of(out, call.size, f"output {r}") for r, out in enumerate(outs)]
+    addresses = np.array([row[ADDRESS] for row in rows])
+    reals = np.ones((len(outs), len(models), 2), call.work)
+    for r, row in enumerate(weights):
+        if len(row) != len(models):
+            raise ValueError(f"{len(models)} models need {len(models)} weights, output {r} has {len(row)}")
+        reals[r, :, WEIGHT] = row
+    streams = sum(out.nbytes for out in outs) > STREAM_BYTES and not ((addresses - addresses[0]) % LINE).any()
+    scratch = np.empty((len(models) + 3, STRIP), call.work)
+    cached = np.empty((len(models) + 3) * WORDS + LINE // 4, np.uint32)
+    squares, sums = running_squares(call)
+    nonfinite_out = np.zeros(len(outs), np.int64)
+    _linear_many(
+        call.table,
+        addresses,
+        reals,
+        call.size,
+        None if call.paired is None else bool(call.paired and not (addresses % 4).any()),
+        harmless(reals[:, :, WEIGHT]),
+        streams,
+        lead(int(addresses[0])) if streams else 0,
+        scratch,
+        -(-address_of(cached) // LINE) * LINE,
+        squares,
+        sums,
+        nonfinite_out,
+    )
+    shared = collect(call, base is not None, sums, int(nonfinite_out.sum()))
+    return [replace(shared, nonfinite_out=int(count)) for count in nonfinite_out]
+
+
+def lead(address: int) -> int:
+    """Where to begin, at or before element 0, so that all later spans of the array at `address` begin with a line."""
+    return -(address % LINE) // 2
+
+
+def harmless(weights: Array) -> Any:
+    """Inputs below this magnitude give finite outputs, which are at most 3 + 2 sum |w| times as large.
+
+    NaN, below which there is nothing, if a weight is NaN.
+    """
+    return np.float32(2.0**126 / (3 + 2 * np.abs(weights.astype(np.float64)).sum(axis=1).max()))
 
 
 def running_squares(call: Call) -> tuple[Array, Array]:
@@ -88,6 +180,97 @@ def _linear(
                 nonfinite_out += strip(table, reals, first, n, start, scratch, words, kept)
         flush(begin, end, size, squares, sums)
     return nonfinite_out
+
+
+@compiled
+def _linear_many(
+    table: Any,
+    addresses: Any,
+    reals: Any,
+    size: Any,
+    paired: Any,
+    limit: Any,
+    streams: Any,
+    lead: Any,
+    scratch: Any,
+    cached: Any,
+    squares: Any,
+    sums: Any,
+    nonfinite_out: Any,
+) -> None:
+    count = reals.shape[1]
+    fast = False
+    if paired is not None:
+        fast = paired and table[count, CODE] != ABSENT
+    for begin in range(lead, size, SPAN):
+        end = min(size, begin + SPAN)
+        hurries = fast and begin >= 0 and end - begin == SPAN
+        done = False
+        if paired is not None:
+            if hurries:
+                done = hurry_many(table, addresses, reals, begin, limit, streams, cached, squares)
+        if not done:
+            # a span that is repeated has left its squares already: these go where nobody looks
+            kept = squares[count:] if hurries else squares[:count]
+            for first in range(max(begin, 0), end, STRIP):
+                n = min(STRIP, end - first)
+                strip_many(table, addresses, reals, first, n, scratch, kept, nonfinite_out)
+        flush(begin, end, size, squares, sums)
+    drain()
+
+
+@compiled
+def hurry_many(
+    table: Any, addresses: Any, reals: Any, first: Any, limit: Any, streams: Any, cached: Any, squares: Any
+) -> Any:
+    """A span of bfloat16 for all outputs; False if it has to be done row by row.
+
+    Spans are handed on as addresses: arrays that numba counts references of would cost as much as the arithmetic.
+    """
+    count = reals.shape[1]
+    stored_base, base = words_of(table[count, ADDRESS], first), words_of(cached, 0)
+    tame = True
+    for k in range(count):
+        stored_x, x = words_of(table[k, ADDRESS], first), words_of(cached, SPAN * (1 + k))
+        tame &= survey(stored_base, stored_x, base, x, squares[k]) < limit
+    if not tame:
+        return False
+    result = cached + 2 * SPAN * (1 + count)
+    for r in range(addresses.size):
+        out = words_of(result if streams else addresses[r], 0 if streams else first)
+        target = addresses[r] + 2 * first if streams else 0
+        weight = np.float32(reals[r, 0, WEIGHT])
+        if count > 1:
+            one_sum(cached, reals, r, result + 2 * SPAN, out, target)
+        elif weight == np.float32(0) or weight == np.float32(1):
+            one_copy(base if weight == np.float32(0) else x, out, target)
+        elif weight < np.float32(0.5):
+            one_towards(base, x, weight, out, target)
+        else:
+            one_back_from(base, x, np.float32(1) - weight, out, target)
+    return True
+
+
+@compiled
+def strip_many(
+    table: Any, addresses: Any, reals: Any, first: Any, n: Any, scratch: Any, squares: Any, nonfinite_out: Any
+) -> None:
+    """`strip` for all outputs; `scratch` has rows for the sum, the base, the last model and every delta."""
+    count = reals.shape[1]
+    has_base = table[count, CODE] != ABSENT
+    mixed, base, model = scratch[0, :n], scratch[1, :n], scratch[2, :n]
+    for turn in range(0 if has_base else 1, count + 1):
+        k = count if turn == 0 else turn - 1
+        row = base if turn == 0 else model if has_base else scratch[3 + k, :n]
+        widen(table[k, ADDRESS], table[k, CODE], first, row)
+        if has_base and turn > 0:
+            subtract(model, base, scratch[3 + k, :n], squares[k])
+    for r in range(addresses.size):
+        for k in range(count):
+            accumulate(scratch[3 + k, :n], reals[r, k, WEIGHT], k == 0, mixed)
+        if has_base:
+            finish(base, model, scratch[3, :n], reals[r], False, mixed)
+        nonfinite_out[r] += narrow(mixed, addresses[r], table[count + 1, CODE], first)
 
 
 @compiled

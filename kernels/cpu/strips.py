@@ -46,6 +46,8 @@ def prepare(
     models: Sequence[Array],
     weights: Sequence[float] | None = None,
     sparsify: Sequence[Sparsify | None] | None = None,
+    *,
+    out_name: str = "the output",
 ) -> Call:
     """Check the arrays of a call and write its tables; ValueError or TypeError names the array that is wrong."""
     if not models:
@@ -59,9 +61,9 @@ def prepare(
         if base is None:
             raise ValueError("a sparsifier acts on deltas, and needs a base")
     size = models[0].size
-    rows = [_row(model, size, f"model {k}") for k, model in enumerate(models)]
-    rows.append(_row(base, size, "the base") if base is not None else [0, ABSENT, 0, 0, 0, 0, 0])
-    rows.append(_row(out, size, "the output") if out is not None else [0, ABSENT, 0, 0, 0, 0, 0])
+    rows = [row_of(model, size, f"model {k}") for k, model in enumerate(models)]
+    rows.append(row_of(base, size, "the base") if base is not None else [0, ABSENT, 0, 0, 0, 0, 0])
+    rows.append(row_of(out, size, out_name) if out is not None else [0, ABSENT, 0, 0, 0, 0, 0])
     codes = {row[CODE] for row in rows}
     work: Any = np.float64 if F64 in codes else np.float32
     reals = np.ones((count, 2), work)
@@ -76,7 +78,7 @@ def prepare(
     return Call(np.array(rows, np.int64), reals, size, work, None if work is np.float64 else paired)
 
 
-def _row(array: Array, size: int, name: str) -> list[int]:
+def row_of(array: Array, size: int, name: str) -> list[int]:
     code = CODES.get(array.dtype)
     if code is None:
         raise TypeError(f"{name} has dtype {array.dtype}; the kernels take bfloat16, float16, float32, float64")
@@ -84,7 +86,12 @@ def _row(array: Array, size: int, name: str) -> list[int]:
         raise ValueError(f"{name} must be contiguous and one-dimensional, found shape {array.shape}")
     if array.size != size:
         raise ValueError(f"{name} has {array.size} elements, model 0 has {size}")
-    return [array.__array_interface__["data"][0], code, 0, 0, 0, 0, 0]
+    return [address_of(array), code, 0, 0, 0, 0, 0]
+
+
+def address_of(array: Array) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
 def check_chunk_start(start: int) -> None:

@@ -59,6 +59,27 @@ def linear(
     return finish(result, out, base, models, squares)
 
 
+def linear_many(
+    outs: Sequence[Array], base: Array | None, models: Sequence[Array], weights: Sequence[Sequence[float]]
+) -> list[Stats]:
+    """outs[r] = linear(base, models, weights[r]), to the bit, for all the candidates of a sweep.
+
+    One row of weights and one Stats for each output. The outputs have one dtype, and overlap neither an input nor
+    each other.
+    """
+    check_candidates(outs, weights)
+    return [linear(out, base, models, row) for out, row in zip(outs, weights, strict=True)]
+
+
+def check_candidates(outs: Sequence[Array], weights: Sequence[Sequence[float]]) -> None:
+    if not outs:
+        raise ValueError("at least one output is needed")
+    if len(weights) != len(outs):
+        raise ValueError(f"{len(outs)} outputs need {len(outs)} rows of weights, found {len(weights)}")
+    if len({out.dtype for out in outs}) > 1:
+        raise TypeError("the outputs must have one dtype, found " + ", ".join(str(out.dtype) for out in outs))
+
+
 def _interpolate(
     b: torch.Tensor, x: torch.Tensor, d: torch.Tensor, w: torch.Tensor, how: Sparsify | None
 ) -> torch.Tensor:
