@@ -121,6 +121,11 @@ def load_kernels() -> tuple[Kernels, str]:
     raise Failed("neither numba nor torch is installed: install one of them, numba is the faster")
 
 
+def kernels_for(tensor_device: str) -> Kernels:
+    """The kernels for tensors that are on this device, named as torch does: on the CPU, their views as numpy arrays."""
+    return _load("ggez_kernels.gpu") if tensor_device.startswith("cuda") else load_kernels()[0]
+
+
 def _load(package: str) -> Kernels:
     modules = {stem: importlib.import_module(f"{package}.{stem}") for stem in KERNELS}
     functions = {name: getattr(modules[stem], name) for stem, names in KERNELS.items() for name in names}
