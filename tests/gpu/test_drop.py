@@ -91,7 +91,7 @@ def test_wrong_arguments_are_refused_by_name() -> None:
     one = torch.ones(4)
     with pytest.raises(ValueError, match=f"multiple of {CHUNK}, found 1"):
         gpu.l1(one, one, Sparsify(), start=1)
-    with pytest.raises(TypeError, match="base has dtype torch.float64"):
+    with pytest.raises(TypeError, match=r"base has dtype torch\.float64"):
         gpu.l1(one.double(), one, Sparsify(), start=0)
     with pytest.raises(ValueError, match="model has 3 elements, base has 4"):
         gpu.l1(one, one[:3], Sparsify(), start=0)

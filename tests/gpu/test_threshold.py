@@ -78,13 +78,13 @@ def test_what_lies_around_a_tile_is_not_counted(dtype: Any, offset: int, size: i
     model = np.full(offset + size + 64, 2, dtype)
     model[offset : offset + size] = 1
     base = np.zeros_like(model)
-    inside = [tensor(array)[offset : offset + size] for array in (base, model)]
+    b, x = (tensor(array)[offset : offset + size] for array in (base, model))
     one, two = 127 << 23, 128 << 23  # the bits of 1.0 and 2.0
-    assert gpu.histogram(*inside, low=one, high=one + 4).tolist() == [size, 0, 0, 0, 0]
-    assert gpu.histogram(*inside, low=0, high=one, shift=20).tolist()[-1] == size
-    assert gpu.ties(*inside, two) == 0
-    assert gpu.ties(*inside, one) == size
-    assert gpu.nth_tie(*inside, one, size - 1) == size - 1
+    assert gpu.histogram(b, x, low=one, high=one + 4).tolist() == [size, 0, 0, 0, 0]
+    assert gpu.histogram(b, x, low=0, high=one, shift=20).tolist()[-1] == size
+    assert gpu.ties(b, x, two) == 0
+    assert gpu.ties(b, x, one) == size
+    assert gpu.nth_tie(b, x, one, size - 1) == size - 1
 
 
 def test_every_nan_has_the_same_key() -> None:
