@@ -21,7 +21,7 @@ from .compiled import LINE, compiled, pointer, stream_line
 
 SPAN = 4096
 WORDS = SPAN // 2
-PIECE = 64  # words between two bursts of stores past the caches, so that arithmetic goes on while they are under way
+PIECE = 256  # words between two bursts of stores past the caches, so that arithmetic goes on while they are under way
 LANES = 512  # running sums of squares for each of two models: they stay in the first-level cache beside four streams
 
 f32, u32 = np.float32, np.uint32
