@@ -25,7 +25,7 @@ types: $(VENV)/installed-test
 	rm -rf build/types
 	mkdir -p build/types/ggez_merge
 	ln -s $(CURDIR)/kernels build/types/ggez_kernels
-	ln -s $(CURDIR)/merge/* $(CURDIR)/recipes build/types/ggez_merge/
+	ln -s $(CURDIR)/merge/* $(CURDIR)/benchmarks $(CURDIR)/recipes build/types/ggez_merge/
 	MYPYPATH=build/types $(BIN)/mypy -p ggez_merge -p ggez_kernels
 
 # The two stamps keep a second call from installing again while requirements and pins are unchanged.

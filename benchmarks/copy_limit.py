@@ -1,6 +1,6 @@
 """The engine's own limit: reads, hashes and writes what the recipe's method would, but its kernel only copies.
 
-    python benchmarks/copy_limit.py recipe.yaml --out OUT [--bare]
+    python -m ggez_merge.benchmarks.copy_limit recipe.yaml --out OUT [--bare]
 
 It is `ggez-merge` with another method put into the plan, so that the command line and all else is the same. Where the
 method measures first, everything is read for that too, and nothing computed. What the output holds is the first input;
@@ -61,5 +61,5 @@ if __name__ == "__main__":
         method = Method(name=made.method.name, combine=bare_copy if bare else copy_first, measure=measure)
         return replace(made, method=method)
 
-    plan.make_plan = copying_plan
+    plan.make_plan = copying_plan  # type: ignore[assignment]
     main()

@@ -187,6 +187,81 @@ def diff(
             diff.show(result, _console())
 
 
+bench = typer.Typer(no_args_is_help=True, help="Measure how fast kernels and whole merges are on this machine.")
+app.add_typer(bench, name="bench")
+_CSV = typer.Option("--csv", help="Append the results to this file.")
+
+
+@bench.command(name="kernels")
+def bench_kernels(
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+    ops: Annotated[str | None, typer.Option(help="Which kernels, e.g. linear,ties; by default all.")] = None,
+    sizes: Annotated[str, typer.Option(help="Elements of an array, e.g. 1Mi,48Mi.")] = "48Mi",
+    dtypes: Annotated[str, typer.Option(help="Of the arrays.")] = "bfloat16,float16,float32",
+    threads: Annotated[str, typer.Option(help="On a CPU, e.g. 1,8; by default one, and all.")] = "",
+    repeats: Annotated[int, typer.Option(min=1, help="Of each timing, on a CPU.")] = 15,
+    against: Annotated[str, typer.Option(help="Baselines.")] = "eager,compile,stats,mergekit",
+    csv: Annotated[Path | None, _CSV] = None,
+) -> None:
+    """Check every kernel against its definition, then time it beside a memory copy and what others would run."""
+    with _errors_for_people():
+        from ggez_merge.benchmarks.kernels import bench
+
+        bench(device, ops, sizes, dtypes, threads, repeats, against, csv)
+
+
+@bench.command(name="models")
+def bench_models(
+    folder: Annotated[Path, typer.Argument(help="Where base, sea and latam are written.")],
+    layers: Annotated[int, typer.Option(min=1, help="20 are 0.97 B parameters.")] = 20,
+    huge: Annotated[bool, typer.Option("--huge", help="One tensor of 2 GiB instead.")] = False,
+) -> None:
+    """Make three models of random weights for `bench merge`."""
+    with _errors_for_people():
+        from ggez_merge.benchmarks.models import make_all
+
+        print(f"{folder}: {make_all(folder, layers, huge):,} parameters in each of base, sea, latam")
+
+
+@bench.command(name="merge")
+def bench_merge(
+    models: Annotated[Path, typer.Argument(help="The folder that `bench models` wrote.")],
+    methods: Annotated[str, typer.Option(help="Also dare_linear, dare_ties, slerp.")] = "linear,task_arithmetic,ties",
+    tools: Annotated[str, typer.Option(help="Also copy-bare.")] = "ggez-merge,copy,mergekit",
+    mergekit: Annotated[Path | None, typer.Option(help="mergekit-yaml, in an environment of its own.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Of each merge.")] = 3,
+    mergekit_repeats: Annotated[int, typer.Option(min=1, help="Fewer where it takes minutes.")] = 3,
+    cold: Annotated[bool, typer.Option("--cold", help="Drop the page cache before every run (root).")] = False,
+    csv: Annotated[Path | None, _CSV] = None,
+) -> None:
+    """Time whole merges from start to exit: ggez-merge, the same engine only copying, mergekit."""
+    with _errors_for_people():
+        from ggez_merge.benchmarks.merge import bench
+
+        bench(models, methods, tools, mergekit, repeats, mergekit_repeats, cold, csv)
+
+
+@bench.command(name="report")
+def bench_report(
+    tables: Annotated[list[Path] | None, typer.Argument(metavar="[CSV]...", help="By default those shipped.")] = None,
+    out: Annotated[Path, typer.Option(help="The folder for the plots.")] = Path(),
+) -> None:
+    """Draw plots (PNG and SVG) from tables of results."""
+    with _errors_for_people():
+        from ggez_merge.benchmarks.report import report
+
+        print("\n".join(str(path) for path in report(tables or (), out)))
+
+
+@bench.command(name="roofline")
+def bench_roofline(csv: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None) -> None:
+    """Show how fast merges of 7 B and 27 B parameters could be at best, and what limits them."""
+    with _errors_for_people():
+        from ggez_merge.benchmarks.roofline import bench
+
+        bench(csv)
+
+
 def _open(model: str) -> Checkpoint:
     from ggez_merge.checkpoint import open_checkpoint
 

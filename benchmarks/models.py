@@ -1,6 +1,6 @@
 """Checkpoints to measure with: a base and tuned copies of it, random weights of a Llama-like shape, bfloat16, sharded.
 
-    python benchmarks/make_models.py FOLDER [--layers 20] [--huge]
+    ggez-merge bench models FOLDER [--layers 20] [--huge]
 
 writes FOLDER/base, FOLDER/sea and FOLDER/latam: by default 0.97 B parameters each, in shards of about 500 MB.
 `--huge` makes one tensor of 2 GiB in each instead.
@@ -8,10 +8,10 @@ writes FOLDER/base, FOLDER/sea and FOLDER/latam: by default 0.97 B parameters ea
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -20,12 +20,12 @@ import numpy as np
 HIDDEN, INTERMEDIATE, VOCABULARY = 2048, 5632, 32000
 SHARD_BYTES = 500_000_000
 PIECE = 1 << 24  # elements made at a time, so that memory stays small
-Shapes = list[tuple[str, tuple[int, ...]]]
+Shape = tuple[str, tuple[int, ...]]
 
 
-def llama_shapes(n_layers: int) -> Shapes:
+def llama_shapes(n_layers: int) -> list[Shape]:
     """Names and shapes of a Llama-like model with grouped-query attention and tied embeddings."""
-    shapes: Shapes = [("model.embed_tokens.weight", (VOCABULARY, HIDDEN))]
+    shapes: list[Shape] = [("model.embed_tokens.weight", (VOCABULARY, HIDDEN))]
     for layer in range(n_layers):
         prefix = f"model.layers.{layer}"
         shapes += [(f"{prefix}.{norm}_layernorm.weight", (HIDDEN,)) for norm in ("input", "post_attention")]
@@ -36,10 +36,10 @@ def llama_shapes(n_layers: int) -> Shapes:
     return [*shapes, ("model.norm.weight", (HIDDEN,))]
 
 
-def make(folder: Path, shapes: Shapes, model: int) -> None:
+def make(folder: Path, shapes: Sequence[Shape], model: int) -> None:
     """Write one checkpoint. Model 0 is the base N(0, 0.02²); the others are it plus N(0, 0.001²) of their own."""
     folder.mkdir(parents=True, exist_ok=True)
-    shards: list[Shapes] = [[]]
+    shards: list[list[Shape]] = [[]]
     for name, shape in shapes:
         if shards[-1] and sum(2 * math.prod(s) for _, s in shards[-1]) + 2 * math.prod(shape) > SHARD_BYTES:
             shards.append([])
@@ -80,13 +80,9 @@ def make(folder: Path, shapes: Shapes, model: int) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--layers", type=int, default=20)
-    parser.add_argument("--huge", action="store_true")
-    arguments = parser.parse_args()
-    shapes = [("huge.weight", (1 << 15, 1 << 15))] if arguments.huge else llama_shapes(arguments.layers)
+def make_all(folder: Path, n_layers: int, huge: bool) -> int:
+    """Write all three; the number of parameters in each."""
+    shapes: list[Shape] = [("huge.weight", (1 << 15, 1 << 15))] if huge else llama_shapes(n_layers)
     for model, name in enumerate(("base", "sea", "latam")):
-        make(arguments.folder / name, shapes, model)
-    print(f"{sum(math.prod(shape) for _, shape in shapes):,} parameters in each of base, sea, latam")
+        make(folder / name, shapes, model)
+    return sum(math.prod(shape) for _, shape in shapes)

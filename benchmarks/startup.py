@@ -1,6 +1,6 @@
 """What everything costs besides the weights: help, a dry run, a merge of 1 M parameters with a warm and a cold cache.
 
-    python benchmarks/bench_startup.py --csv benchmarks/results/startup.csv
+    python -m ggez_merge.benchmarks.startup --csv benchmarks/results/startup.csv
 
 Whole processes, from start to exit. Cold means that numba has compiled nothing yet, as on the first merge after
 installation: it compiles what the method needs and keeps it.
@@ -15,11 +15,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from make_models import make
-from table import processor, save, versions
+from .models import make
+from .table import processor, save, versions
 
 SHAPES = [(f"model.layers.{i}.weight", (256, 512)) for i in range(8)]  # 2**20 parameters
 RECIPES = {
@@ -29,16 +29,13 @@ RECIPES = {
 }
 
 
-def seconds(arguments: Sequence[str], folder: Path, cache: Path) -> float:
-    """One run of ggez-merge in `folder`, with numba's cache in `cache`."""
+def seconds(arguments: Sequence[str], folder: Path, cache: str) -> float:
+    """One run of ggez-merge in `folder`, with numba's cache in a folder there."""
     began = time.perf_counter()
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache)}
-    subprocess.run([sys.executable, "-m", "ggez_merge", *arguments], cwd=folder, env=environment, check=True, stdout=-3)
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(folder / cache)}
+    command = [sys.executable, "-m", "ggez_merge", *arguments]
+    subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - began
-
-
-def repeated(run: Callable[[], float], repeats: int) -> list[float]:
-    return [run() for _ in range(repeats)]
 
 
 def main() -> None:
@@ -54,16 +51,13 @@ def main() -> None:
         for method, recipe in RECIPES.items():
             (folder / f"{method}.yaml").write_text(recipe)
             merging = [f"{method}.yaml", "--out", "out", "--overwrite", "--quiet"]
-            caches = iter(folder / f"cache-{method}-{number}" for number in range(3))
-            measured[f"{method}, 1 M parameters, cold cache"] = repeated(
-                lambda merging=merging, caches=caches: seconds(merging, folder, next(caches)), 3
-            )
-            warm = folder / f"cache-{method}-0"
-            measured[f"{method}, 1 M parameters"] = repeated(
-                lambda merging=merging, warm=warm: seconds(merging, folder, warm), arguments.repeats
-            )
-        for name, words in (("--help", ["--help"]), ("--dry-run", ["linear.yaml", "--out", "new", "--dry-run"])):
-            measured[name] = repeated(lambda words=words: seconds(words, folder, folder), arguments.repeats)
+            caches = [f"cache-{method}-{number}" for number in range(3)]
+            cold = [seconds(merging, folder, cache) for cache in caches]
+            measured[f"{method}, 1 M parameters, cold cache"] = cold
+            warm = [seconds(merging, folder, caches[0]) for _ in range(arguments.repeats)]
+            measured[f"{method}, 1 M parameters"] = warm
+        for words in (["--help"], ["--dry-run", "linear.yaml", "--out", "new"]):
+            measured[words[0]] = [seconds(words, folder, caches[0]) for _ in range(arguments.repeats)]
     rows = [
         {
             "command": name,

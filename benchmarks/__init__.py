@@ -1,0 +1,1 @@
+"""What is measured, how, and the committed results: the modules behind `ggez-merge bench`."""
