@@ -30,13 +30,13 @@ POISON = 0xA5
 class Hostile:
     """What all slots of a fake device share: streams, luck, and a count of what is under way."""
 
-    def __init__(self, seed: int, failures: float = 0.0, delay_s: float = 0.0005) -> None:
+    def __init__(self, seed: int, failures: float = 0.0, delay_s: float = 0.0005, in_order: bool = False) -> None:
         self.luck = random.Random(seed)
         self.failures = failures
         self.delay_s = delay_s
         self.under_way = 0
         self.lock = threading.Lock()
-        self.streams = [HostileStream(self) for _ in range(3)]
+        self.streams = [HostileStream(self, 1 if in_order else 3) for _ in range(3)]
 
     def __enter__(self) -> Hostile:
         return self
@@ -45,17 +45,18 @@ class Hostile:
         for stream in self.streams:
             stream.pool.shutdown()
 
-    def device(self, slots: int, most_block_bytes: int = 1 << 20) -> Device:
+    def device(self, slots: int, most_block_bytes: int = 1 << 20, kernels: Kernels | None = None) -> Device:
         def load() -> Backend:
-            return Backend("fake", kernels_on_tensors(), lambda number, n_bytes: DeviceSlot(FakeGpu(self), n_bytes))
+            taken = kernels or kernels_on_tensors()
+            return Backend("fake", taken, lambda number, n_bytes: DeviceSlot(FakeGpu(self), n_bytes))
 
         return Device("fake", "for a test", slots, most_block_bytes, load)
 
 
 class HostileStream:
-    def __init__(self, shared: Hostile) -> None:
+    def __init__(self, shared: Hostile, threads: int) -> None:
         self.shared = shared
-        self.pool = ThreadPoolExecutor(3)
+        self.pool = ThreadPoolExecutor(threads)
 
     def do(self, work: Callable[[], Any], after: Any = None) -> Future[Any]:
         with self.shared.lock:
