@@ -12,6 +12,7 @@ _INFINITY = tl.constexpr(float("inf"))
 _BF16_OVERFLOW = tl.constexpr(2.0**128 - 2.0**119)  # the least that rounds to infinity
 _F16_OVERFLOW = tl.constexpr(65520.0)
 _NAN_KEY = tl.constexpr(NAN_KEY)
+MINUS_ZERO_BITS = tl.constexpr(-(2**31))
 _WIDEST = tl.constexpr(WIDEST)
 
 
@@ -38,10 +39,11 @@ def narrow(
     address: tl.tensor,
     offsets: tl.tensor,
     exists: tl.tensor,
+    count: tl.tensor,
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
 ) -> tl.tensor:
-    """Round and store, every NaN as the same one; answers how many of the stored elements are NaN or infinite."""
+    """Round and store, every NaN as the same one; add to *count, and answer, how many stored are NaN or infinite."""
     BITS: tl.constexpr = tl.int32 if DTYPE == tl.float32 else tl.int16
     NAN: tl.constexpr = 0x7FC00000 if DTYPE == tl.float32 else 0x7FC0 if DTYPE == tl.bfloat16 else 0x7E00
     OVERFLOW: tl.constexpr = (
@@ -49,8 +51,9 @@ def narrow(
     )
     nonfinite = tl.sum((exists & ~(tl.abs(value) < OVERFLOW)).to(tl.int32), 0)
     bits = value.to(DTYPE).to(BITS, bitcast=True)
-    if nonfinite > 0:  # processors differ in the NaN that they round to
-        bits = tl.where(value != value, NAN, bits)
+    if nonfinite > 0:
+        bits = tl.where(value != value, NAN, bits)  # processors differ in the NaN that they round to
+        tl.atomic_add(count, nonfinite.to(tl.int64), sem="relaxed")
     tl.store(pointer(address, BITS, ALIGNED) + offsets, bits, mask=exists)
     return nonfinite
 
@@ -68,5 +71,5 @@ def magnitude_key(delta: tl.tensor) -> tl.tensor:
 
 
 @jit
-def count_nonfinite(value: tl.tensor) -> tl.tensor:
-    return tl.sum((~(tl.abs(value) < _INFINITY)).to(tl.int32), 0)
+def is_nonfinite(value: tl.tensor) -> tl.tensor:
+    return ~(tl.abs(value) < _INFINITY)
