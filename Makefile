@@ -11,8 +11,11 @@ demo: $(VENV)/installed
 	$(BIN)/ggez-merge recipes/emoji/sea.yaml --out demo/emoji-sea-0.3 --overwrite
 	$(BIN)/python -m ggez_merge.recipes.emoji.evaluate recipes/emoji/global demo/emoji-sea-0.3 recipes/emoji/region
 
+# Three processes, for Triton is either interpreted or compiled for the whole life of one.
 test: lint
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/gpu
+	$(BIN)/python -m pytest tests/gpu_codegen
 
 lint: style types
 

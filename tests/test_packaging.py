@@ -112,6 +112,8 @@ def test_every_module_imports_from_outside_the_checkout(how: str, checkout: Path
     source = [wheel] if how == "wheel" else ["--no-build-isolation", "--editable", checkout]
     pip("install", "--target", site, *source, cwd=tmp_path)
     names = sorted(set(modules(checkout)) - {"ggez_merge.__main__"})
+    if importlib.util.find_spec("triton") is None:  # it has wheels for Linux only
+        names = [name for name in names if not name.startswith("ggez_kernels.gpu")]
     # -S leaves out the .pth files of this environment, in which the project is likely to be installed too.
     files = run(
         sys.executable,
