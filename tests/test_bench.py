@@ -18,7 +18,7 @@ from merging import command_line
 
 from ggez_merge.benchmarks import roofline, table
 from ggez_merge.benchmarks.inputs import DTYPES, make
-from ggez_merge.benchmarks.kernels import COLUMNS, Case, bench, gate, measure
+from ggez_merge.benchmarks.kernels import COLUMNS, Case, bench, faster, gate, measure
 from ggez_merge.benchmarks.models import make as make_model
 from ggez_merge.benchmarks.ops import OPS, Op
 from ggez_merge.benchmarks.places import Cpu
@@ -81,6 +81,24 @@ class TestKernels:
             row = rows[op, tool]
             assert row["median_ms"] or re.match(r"\w+: .", row["note"]), row
         assert rows["gram", "stats"]["note"]
+
+    @pytest.mark.parametrize(
+        ("dtype", "compile_s", "stats_s", "noted"),
+        [
+            ("bfloat16", 2.0, 3.0, {}),
+            ("bfloat16", 0.5, 3.0, {"compile": "without the statistics"}),
+            ("bfloat16", 0.5, None, {"compile": "faster$"}),
+            ("bfloat16", 0.5, 0.6, {"compile": "faster$", "stats": "faster$"}),
+            ("float16", 0.5, 0.6, {"compile": "bfloat16 alone", "stats": "bfloat16 alone"}),
+        ],
+    )
+    def test_where_torch_compile_wins_the_reason_is_told(
+        self, dtype: str, compile_s: float, stats_s: float | None, noted: dict[str, str]
+    ) -> None:
+        medians = {"copy": 0.1, "ggez-merge": 1.0, "compile": compile_s, **({"stats": stats_s} if stats_s else {})}
+        notes = faster(dtype, medians)
+        assert notes.keys() == noted.keys()
+        assert all(re.search(pattern, notes[name]) for name, pattern in noted.items())
 
     def test_what_differs_from_the_definition_is_not_timed_as_a_baseline(
         self, monkeypatch: Any, tmp_path: Path
@@ -386,6 +404,27 @@ def test_only_what_times_kernels_loads_torch(what: list[str], tmp_path: Path) ->
     loaded = {name.partition(".")[0] for name in result.stdout.rpartition("loaded:")[2].split()}
     assert "ggez_merge" in loaded
     assert loaded & {"torch", "transformers", "triton", "numba"} == set()
+
+
+def test_the_page_shows_lines_of_the_committed_tables() -> None:
+    folder = Path(roofline.__file__).parent
+    cells = [
+        re.split(r" *\| *", line.strip("| \n"))
+        for line in (folder / "README.md").read_text().splitlines()
+        if "|" in line
+    ]
+    lines = {
+        row["kernel"]: row
+        for row in rows_of(folder / "results/codegen.csv")
+        if (row["target"], row["dtype"]) == ("sm_90", "bfloat16")
+    }
+    shown = [row for row in cells if row[0] in lines and len(row) >= 4 and "x128" in row[3]]
+    assert len(shown) == 8
+    for kernel, *figures in shown:
+        line = lines[kernel]
+        assert figures == [line[name] for name in ("instructions", "registers", "loads", "stores")][: len(figures)], (
+            kernel
+        )
 
 
 def test_operations_are_described_rightly() -> None:
