@@ -65,15 +65,12 @@ def commit() -> str:
 
 
 def save(rows: Sequence[Mapping[str, object]], path: Path, append: bool = False) -> None:
-    """Write rows with a header line; `append` adds them below what is there, which must have the same columns."""
-    columns = list(rows[0])
+    """Write rows with a header line; `append` adds them below what is there, of which `check_columns` has approved."""
     append = append and path.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if append:
-            check_columns(path, columns)
         with path.open("a" if append else "w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
+            writer = csv.DictWriter(file, list(rows[0]))
             if not append:
                 writer.writeheader()
             writer.writerows(rows)
