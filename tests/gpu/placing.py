@@ -54,6 +54,7 @@ def as_array(out: torch.Tensor, dtype: np.dtype[Any]) -> Array:
 def waited_for(stats: Stats) -> Stats:
     every = (*stats.nonfinite, stats.nonfinite_out, *stats.delta_squares)
     assert all(isinstance(number, torch.Tensor) and number.dim() == 0 for number in every)
+    assert {number.dtype for number in stats.delta_squares} == {torch.float64}
     return Stats(
         tuple(int(number) for number in stats.nonfinite),
         int(stats.nonfinite_out),
