@@ -158,6 +158,22 @@ def test_many_outputs_of_one_reading(dtype: Any, rows: int) -> None:
                 assert (found.nonfinite, found.nonfinite_out) == (wanted.nonfinite, wanted.nonfinite_out)
 
 
+@pytest.mark.parametrize("how", [Sparsify(0x7FC00000, last=4), Sparsify(0x7FC00001, last=-1), Sparsify(0x7FBFFFFF)])
+def test_every_nan_is_as_large_as_another(how: Sparsify) -> None:
+    model = np.array([0x7FC00000, 0xFFFFFFFF, 0x7F800001, 0x7FC12345] * 2 + [0x7F800000, 0xFF800000], np.uint32)
+    case = Case(np.zeros(10, F32), [model.view(np.float32)], [0.3], F32, [how], 0)
+    assert_same(linear, on_processor, case)
+
+
+@pytest.mark.parametrize("size", [1, 17])
+def test_infinite_weights(size: int) -> None:
+    """An infinity times the nothing beyond a tensor's end is not counted as NaN."""
+    for count, has_base in ((1, True), (1, False), (2, True), (2, False)):
+        assert_same(
+            linear, on_processor, replace(case_of(count, size, "plain", (F32,), has_base), weights=[np.inf] * count)
+        )
+
+
 def test_an_overflow_is_no_fault_of_the_inputs() -> None:
     model = np.full(2000, 2.0, F32)
     _, stats = on_gpu(linear, Case(np.zeros(2000, F32), [model], [0.3], BF16, None, 0))

@@ -62,10 +62,11 @@ def test_every_way_to_count(how: dict[str, Any], count: int) -> None:
             assert_same(vote, on_processor, trimmed(case_of(count, 1543, flavour, dtype)), **how)
 
 
-@pytest.mark.parametrize("weights", [[0.3, 0.9], [-1.5, 2.0], [0.0, 0.0], [1e-45, 3e38], [0.5, 0.5]])
+@pytest.mark.parametrize("weights", [[0.3, 0.9], [-1.5, 2.0], [0.0, 0.0], [1e-45, 3e38], [0.5, 0.5], [-0.4], [0.0]])
 def test_any_weights(weights: list[float]) -> None:
-    for count in (False, True):
-        assert_same(vote, on_processor, replace(case_of(2, 1543, "nonfinite", F32), weights=weights), count=count)
+    case = replace(case_of(len(weights), 1543, "nonfinite", F32), weights=weights)
+    for count, normalize in itertools.product((False, True), repeat=2):
+        assert_same(vote, on_processor, case, count=count, normalize=normalize, scale=0.7)
 
 
 @pytest.mark.parametrize("start", [0, 1, 7, 2**33 + 5])
