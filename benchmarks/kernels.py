@@ -33,12 +33,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ggez_merge.backend import kernels_of
 from ggez_merge.errors import Failed, Problem, Refused
 from ggez_merge.units import parse_bytes
 
 from .inputs import DTYPES, Data, make
 from .ops import OPS, Answer, Op
-from .places import Cpu, Gpu, kernels_of, places
+from .places import Cpu, Gpu, places
 from .table import check_columns, chosen, commit, save, versions
 from .textbook import Baseline, with_statistics
 

@@ -6,8 +6,6 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,27 +13,14 @@ import torch
 
 from ggez_kernels.reference.rounding import tensor
 from ggez_kernels.sparsify import CHUNK
+from ggez_merge.backend import kernels_of
 from ggez_merge.errors import Problem, Refused
 
 from .inputs import Data
 from .table import processor
 
-STEMS = {
-    "linear": ("linear", "linear_many"),
-    "vote": ("vote",),
-    "gram": ("gram",),
-    "drop": ("l1",),
-    "threshold": ("histogram", "ties", "nth_tie"),
-}
 SLOW_S = 2.0  # what takes longer than this in all has had its turns after the first few
 FEW = 3
-
-
-def kernels_of(backend: str) -> SimpleNamespace:
-    """The functions of a folder of `ggez_kernels`, as the methods get them."""
-    modules = {stem: import_module(f"ggez_kernels.{backend}.{stem}") for stem in STEMS}
-    functions = {name: getattr(modules[stem], name) for stem, names in STEMS.items() for name in names}
-    return SimpleNamespace(**functions, counting=modules["threshold"].COUNTING)
 
 
 class Cpu:

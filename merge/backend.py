@@ -15,8 +15,9 @@ from ggez_merge.errors import Failed, Problem, Refused
 from ggez_merge.methods.method import Kernels
 from ggez_merge.slots import DeviceSlot, HostSlot, Slot
 
+PACKAGES = {"cpu": "ggez_kernels.cpu", "gpu": "ggez_kernels.gpu", "reference": "ggez_kernels.reference"}
 KERNELS = {
-    "linear": ("linear",),
+    "linear": ("linear", "linear_many"),
     "vote": ("vote",),
     "gram": ("gram",),
     "drop": ("l1",),
@@ -82,12 +83,13 @@ def _cpu(why: str) -> Device:
 
 
 def _gpus(wanted: str, doubles: bool, why: str = "as asked for") -> Device:
-    names, found = [], "torch is not installed"
+    n_gpus, found = 0, "torch is not installed"
     if importlib.util.find_spec("torch") is not None:
         from ggez_merge import cuda
 
-        names = [name for name in (f"cuda:{index}" for index in range(cuda.count())) if wanted in ("cuda", name)]
-        found = f"torch can use {cuda.count()} GPUs"
+        n_gpus = cuda.count()
+        found = f"torch can use {n_gpus} GPUs"
+    names = [name for name in (f"cuda:{index}" for index in range(n_gpus)) if wanted in ("cuda", name)]
     if not names:
         raise Refused(Problem(f"there is no device {wanted}", place="--device", found=found, remedy="use --device cpu"))
     if doubles:
@@ -104,7 +106,7 @@ def _gpus(wanted: str, doubles: bool, why: str = "as asked for") -> Device:
         from ggez_merge.cuda import Cuda
 
         gpus = [Cuda(int(name.partition(":")[2])) for name in names]
-        kernels = _load("ggez_kernels.gpu")
+        kernels = kernels_of("gpu")
         label = "; ".join(gpu.name for gpu in gpus)
         return Backend(label, kernels, lambda number, n_bytes: DeviceSlot(gpus[number % len(gpus)], n_bytes))
 
@@ -115,18 +117,19 @@ def _gpus(wanted: str, doubles: bool, why: str = "as asked for") -> Device:
 def load_kernels() -> tuple[Kernels, str]:
     """The CPU's kernels and a word for them: compiled by numba, or plain torch where numba has no wheel."""
     if importlib.util.find_spec("numba") is not None:
-        return _load("ggez_kernels.cpu"), "cpu (numba)"
+        return kernels_of("cpu"), "cpu (numba)"
     if importlib.util.find_spec("torch") is not None:
-        return _load("ggez_kernels.reference"), "cpu (torch; numba would be faster)"
+        return kernels_of("reference"), "cpu (torch; numba would be faster)"
     raise Failed("neither numba nor torch is installed: install one of them, numba is the faster")
 
 
 def kernels_for(tensor_device: str) -> Kernels:
     """The kernels for tensors that are on this device, named as torch does: on the CPU, their views as numpy arrays."""
-    return _load("ggez_kernels.gpu") if tensor_device.startswith("cuda") else load_kernels()[0]
+    return kernels_of("gpu") if tensor_device.startswith("cuda") else load_kernels()[0]
 
 
-def _load(package: str) -> Kernels:
-    modules = {stem: importlib.import_module(f"{package}.{stem}") for stem in KERNELS}
+def kernels_of(backend: str) -> Kernels:
+    """The kernels of one of PACKAGES."""
+    modules = {stem: importlib.import_module(f"{PACKAGES[backend]}.{stem}") for stem in KERNELS}
     functions = {name: getattr(modules[stem], name) for stem, names in KERNELS.items() for name in names}
     return cast(Kernels, SimpleNamespace(**functions, counting=modules["threshold"].COUNTING))

@@ -8,14 +8,15 @@ sweep, tile by tile. The sums are the same in all three cases.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-from ggez_merge.methods.method import Job, Kernels, Measurement, Method, Sweep, Tile
+from ggez_merge.methods.method import Job, Kernels, Measurement, Method, Sweep, Tile, answered
 from ggez_merge.outputs import Output
 from ggez_merge.read import ALIGNMENT, NUMPY_DTYPE, Files
 from ggez_merge.slots import Slot
@@ -112,7 +113,7 @@ class _Desk:
         total = None
         for piece in self._pieces:
             if sweep.only in (None, (piece.job, piece.start)):
-                part = self._slot.run(partial(sweep.function, self._tile(piece)))
+                part = self._slot.run(functools.partial(sweep.function, self._tile(piece)))
                 total = part if total is None else total + part
         return total
 
@@ -149,19 +150,14 @@ def _measure(
     with ExitStack() as held:
         slots = [held.enter_context(bench.lend()) for _ in range(n_desks)]
         desks = [_Desk(slot, pieces[i::n_desks], outputs, bench) for i, slot in enumerate(slots)]
-        answer: Any = None
-        while True:
-            try:
-                sweep = measurement.send(answer)
-            except StopIteration as done:
-                for desk in desks:
-                    desk.close()
-                return list(done.value)
+
+        def swept(sweep: Sweep) -> Any:
             if len(desks) == 1:
-                answer = desks[0].sweep(sweep)
-                continue
+                return desks[0].sweep(sweep)
             parts = bench.wait([bench.executor.submit(desk.sweep, sweep) for desk in desks])
-            parts = [part for part in parts if part is not None]
-            answer = parts[0]
-            for part in parts[1:]:
-                answer = answer + part
+            return functools.reduce(operator.add, (part for part in parts if part is not None))
+
+        results = answered(measurement, swept)
+        for desk in desks:
+            desk.close()
+        return results

@@ -24,6 +24,7 @@ from ggez_merge.checkpoint import FLOATS
 from ggez_merge.errors import Failed, Interrupted, Problem, Refused
 from ggez_merge.measure import CHUNK, Bench, measure
 from ggez_merge.methods.method import Apply
+from ggez_merge.nonfinite import nonfinite_problems
 from ggez_merge.plan import Plan
 from ggez_merge.read import NUMPY_DTYPE, Arena, Files, align
 from ggez_merge.shards import LEAST_BLOCK_BYTES, Block, Span, block_bytes, blocks
@@ -328,26 +329,10 @@ class _Run:
                         else "convert the models to bfloat16 first",
                     )
                 )
-            for tensor, count in zip(output.inputs, tally.nonfinite, strict=True):
-                if count:
-                    problems.append(
-                        Problem(
-                            "NaN or Inf among the weights",
-                            place=str(tensor.file),
-                            tensor=name,
-                            found=f"{count:,} of {tensor.numel:,} elements",
-                            remedy="use an intact checkpoint, or let them through with `nonfinite: allow`",
-                        )
-                    )
-            if tally.nonfinite_out and not any(tally.nonfinite):
-                problems.append(
-                    Problem(
-                        f"the result is too large for {output.entry.dtype}",
-                        tensor=name,
-                        found=f"{tally.nonfinite_out:,} elements overflow",
-                        remedy="choose a wider `out_dtype`, or smaller weights",
-                    )
-                )
+            places = [(str(tensor.file), tensor.numel) for tensor in output.inputs]
+            problems += nonfinite_problems(
+                name, output.entry.dtype, places, tally.nonfinite, tally.nonfinite_out, "`nonfinite: allow`"
+            )
         raise Refused(problems)
 
     def _hash_inputs(self) -> dict[str, str]:

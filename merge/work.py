@@ -19,7 +19,8 @@ import torch
 from ggez_kernels.sparsify import Stats
 from ggez_merge.backend import kernels_for
 from ggez_merge.errors import Problem, Refused
-from ggez_merge.methods.method import Array, Job, Measurement, Method, Tile
+from ggez_merge.methods.method import Array, Job, Measurement, Method, Sweep, Tile, answered
+from ggez_merge.nonfinite import nonfinite_problems
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -88,14 +89,12 @@ def _measure(method: Method, works: Sequence[Work], each: Each) -> list[Any]:
     if measurement is None:
         return [None] * len(works)
     tiles = [Tile(index, 0, work.base, work.models) for index, work in enumerate(works)]
-    total: Any = None
-    while True:
-        try:
-            sweep = measurement.send(total)
-        except StopIteration as done:
-            return list(done.value)
+
+    def swept(sweep: Sweep) -> Any:
         wanted = [tile for tile in tiles if sweep.only in (None, (tile.job, tile.start))]
-        total = functools.reduce(operator.add, each(sweep.function, wanted))
+        return functools.reduce(operator.add, each(sweep.function, wanted))
+
+    return answered(measurement, swept)
 
 
 def array(tensor: torch.Tensor) -> Array:
@@ -112,29 +111,12 @@ def _refuse_nonfinite(works: Sequence[Work], stats: Sequence[Stats]) -> None:
     """Waits for the device, once."""
     rows = [torch.stack([torch.as_tensor(n) for n in (*each.nonfinite, each.nonfinite_out)]) for each in stats]
     numbers = iter(torch.cat([row.to(rows[0].device) for row in rows]).tolist() if rows else [])
-    problems = []
+    problems: list[Problem] = []
     for work, row in zip(works, rows, strict=True):
         *of_inputs, of_out = (next(numbers) for _ in row)
-        for (label, tensor), count in zip(work.inputs.items(), of_inputs, strict=True):
-            if count:
-                problems.append(
-                    Problem(
-                        "NaN or Inf among the weights",
-                        place=label,
-                        tensor=work.name or None,
-                        found=f"{count:,} of {tensor.numel():,} elements",
-                        remedy='use intact weights, or let them through with nonfinite="allow"',
-                    )
-                )
-        if of_out and not any(of_inputs):
-            problems.append(
-                Problem(
-                    f"the result is too large for {work.out.dtype}",
-                    tensor=work.name or None,
-                    found=f"{of_out:,} elements overflow",
-                    remedy="choose a wider output dtype, or smaller weights",
-                )
-            )
+        places = [(label, tensor.numel()) for label, tensor in work.inputs.items()]
+        allow = 'nonfinite="allow"'
+        problems += nonfinite_problems(work.name or None, str(work.out.dtype), places, of_inputs, of_out, allow)
     if problems:
         raise Refused(problems)
 

@@ -197,8 +197,8 @@ def test_one_door_leads_to_the_backends(graph: dict[str, set[str]]) -> None:
         for name, others in graph.items()
         if name.startswith("ggez_merge") and any(other.startswith(backends) for other in others)
     }
-    merging = {name for name in doors if not name.startswith("ggez_merge.benchmarks")}  # those look behind the door
-    assert len(merging) == 1, merging
+    # numpy to torch is the definition's to say, and the benchmarks need it for their baselines
+    assert doors - {"ggez_merge.benchmarks.places"} == {"ggez_merge.backend"}
 
 
 def test_nothing_imports_by_folder_name() -> None:

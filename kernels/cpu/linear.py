@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ggez_kernels.arguments import check_candidates
 from ggez_kernels.sparsify import Sparsify, Stats
 
 from .bf16 import (
@@ -77,12 +78,7 @@ def linear_many(
     A sweep's candidates: one row of weights and one Stats for each output. The outputs have one dtype, and overlap
     neither an input nor each other. Arrays and errors as for `linear`.
     """
-    if not outs:
-        raise ValueError("at least one output is needed")
-    if len(weights) != len(outs):
-        raise ValueError(f"{len(outs)} outputs need {len(outs)} rows of weights, found {len(weights)}")
-    if len({out.dtype for out in outs}) > 1:
-        raise TypeError("the outputs must have one dtype, found " + ", ".join(str(out.dtype) for out in outs))
+    check_candidates(outs, weights)
     if len(outs) == 1:
         return [linear(outs[0], base, models, weights[0])]
     call = prepare(outs[0], base, models, weights[0], out_name="output 0")

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ggez_kernels.arguments import alone
 from ggez_kernels.sparsify import Sparsify, Stats
 
 from .bf16 import SPAN, ballot_of_two, words_of
@@ -68,13 +69,6 @@ def vote(
         sums,
     )
     return collect(call, True, sums, nonfinite_out)
-
-
-def alone(weight: float, normalize: bool, scale: float) -> float:
-    """The weight with which a single voter, who wins every election, is added."""
-    if not normalize:
-        return scale * weight
-    return scale if weight > 0 else -scale if weight < 0 else 0.0
 
 
 @compiled

@@ -95,8 +95,6 @@ def prepare(
     if base is not None:
         named["base"] = base
     check(named | {f"outs[{r}]" if len(outs) > 1 else "out": out for r, out in enumerate(outs)})
-    if len({out.dtype for out in outs}) > 1:
-        raise TypeError(f"outputs of one call need one dtype, found {sorted({str(out.dtype) for out in outs})}")
     if sparsify is not None:
         if len(sparsify) != len(models):
             raise ValueError(f"{len(models)} models need {len(models)} sparsifiers, found {len(sparsify)}")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import triton.language as tl
 
+from ggez_kernels.arguments import check_candidates
 from ggez_kernels.sparsify import Sparsify, Stats
 
 from .call import EXTRA, WEIGHTS, add_to_base, check_weights, prepare, recount
@@ -45,10 +46,7 @@ def linear_many(
     start: int = 0,
 ) -> list[Stats]:
     """`linear` with as many rows of weights as outputs, all of one dtype, from one reading of the inputs."""
-    if not outs:
-        raise ValueError("at least one output is needed")
-    if len(weights) != len(outs):
-        raise ValueError(f"{len(outs)} outputs need as many rows of weights, found {len(weights)}")
+    check_candidates(outs, weights)
     for row in weights:
         check_weights(models, row)
     alone = base is not None and len(models) == 1

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import triton.language as tl
 
+from ggez_kernels.arguments import alone
 from ggez_kernels.sparsify import Sparsify, Stats
 
 from .call import EXTRA, WEIGHTS, add_to_base, check_weights, prepare, recount
@@ -34,18 +35,11 @@ def vote(
     """
     check_weights(models, weights)
     if len(models) == 1:
-        return linear(out, base, models, [_alone(weights[0], normalize, scale)], sparsify=sparsify, start=start)
+        return linear(out, base, models, [alone(weights[0], normalize, scale)], sparsify=sparsify, start=start)
     row = float_bits(torch.tensor([scale, *weights]))
     call = prepare([out], base, models, sparsify, start, [row])
     call.run(_vote, COUNT=count, NORMALIZE=normalize)
     return call.stats()[0]
-
-
-def _alone(weight: float, normalize: bool, scale: float) -> float:
-    """The weight with which a single voter, who wins every election, is added."""
-    if not normalize:
-        return scale * weight
-    return scale if weight > 0 else -scale if weight < 0 else 0.0
 
 
 @jit

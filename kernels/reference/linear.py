@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ggez_kernels.arguments import check_candidates
 from ggez_kernels.sparsify import Sparsify, Stats
 
 from .drop import sparsified
@@ -69,15 +70,6 @@ def linear_many(
     """
     check_candidates(outs, weights)
     return [linear(out, base, models, row) for out, row in zip(outs, weights, strict=True)]
-
-
-def check_candidates(outs: Sequence[Array], weights: Sequence[Sequence[float]]) -> None:
-    if not outs:
-        raise ValueError("at least one output is needed")
-    if len(weights) != len(outs):
-        raise ValueError(f"{len(outs)} outputs need {len(outs)} rows of weights, found {len(weights)}")
-    if len({out.dtype for out in outs}) > 1:
-        raise TypeError("the outputs must have one dtype, found " + ", ".join(str(out.dtype) for out in outs))
 
 
 def _interpolate(

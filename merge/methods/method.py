@@ -124,6 +124,19 @@ class Sweep:
 
 
 Measurement = Generator[Sweep, Any, list[Any]]  # yields sweeps, is sent their sums, returns one result a job
+
+
+def answered(measurement: Measurement, answer: Callable[[Sweep], Any]) -> list[Any]:
+    """What a measurement returns once `answer` has told it the sum of every sweep that it asked for."""
+    total: Any = None
+    while True:
+        try:
+            sweep = measurement.send(total)
+        except StopIteration as done:
+            return list(done.value)
+        total = answer(sweep)
+
+
 Apply = Callable[[Array, "Array | None", Sequence[Array], int], Stats]  # (out, base, models, start)
 
 
