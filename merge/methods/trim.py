@@ -81,7 +81,7 @@ def _select(
                 kernels.histogram(tile.base, tile.models[m], low=low, high=high, shift=shift)
                 for m, low, high, shift in spans
             ]
-            return np.concatenate(counts).astype(counter)
+            return np.concatenate(counts).astype(counter, copy=False)
 
         counted: np.ndarray = yield Sweep(count)
         at = 0
@@ -120,7 +120,7 @@ def _guess(
 
     def sample(tile: Tile) -> np.ndarray:
         bins = [_sampled_bins(kernels, tile.base, tile.models[m], shift) for m in keep]
-        return np.stack(bins).astype(counter)
+        return np.stack(bins).astype(counter, copy=False)
 
     ranges = {}
     for m, bins in zip(keep, (yield Sweep(sample)), strict=True):
