@@ -8,13 +8,14 @@ from fnmatch import fnmatchcase
 
 import torch
 
+from ggez_merge.arguments import value_of
 from ggez_merge.errors import Problem
 from ggez_merge.methods import METHODS
 from ggez_merge.methods.method import Job
 from ggez_merge.parameters import Scalar
 from ggez_merge.resolve import some
-from ggez_merge.tensors import Buffers, Nonfinite, StateDict, finish, lacking, value_of
-from ggez_merge.work import FLOATS, Work, check_alike
+from ggez_merge.tensors import Buffers, Nonfinite, StateDict, lacking, refuse
+from ggez_merge.work import FLOATS, Work, carry_out, check_alike
 
 Live = Sequence[tuple[Sequence[str], torch.Tensor]]  # every tensor of a module once, with all its names
 
@@ -55,7 +56,8 @@ def merge_into(
             values: dict[str, Scalar] = {"ratio": ratios.get(name, 0.0), "normalize": True}
             job = Job(name, out.numel(), values, [{}]) if out.dtype in FLOATS else None
             works.append(Work(name, job, inputs, out))
-    finish(method, works, problems, nonfinite, buffers)
+    refuse(method, works, problems, nonfinite, buffers)
+    carry_out(method, works, nonfinite)
 
 
 def _live(module: torch.nn.Module) -> Live:

@@ -2,6 +2,7 @@
 
     merged = ggez_merge.linear(base, tuned, ratio=0.3)                  # two tensors, or two state dicts
     merged = ggez_merge.ties(base, [a, b], weight=[0.5, 0.5], density=0.2)
+    merged = ggez_merge.linear(base, tuned, ratio=ratios, axes="(head d) m -> head")    # a ratio for each head
 
 Formulas, parameters and defaults are those of the recipes' methods, and so are the bytes: merging state dicts gives
 what merging their files gives. Tensors have any shape and are contiguous, bfloat16, float16, float32 or float64 in any
@@ -12,23 +13,27 @@ written. NaN, infinities and overflows are found on the way, and raised in the e
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import torch
 
+from ggez_merge.arguments import parameters
+from ggez_merge.axes import carry_out_parts, check_axes, names_of
 from ggez_merge.errors import Problem, Refused
 from ggez_merge.methods import METHODS
-from ggez_merge.methods.method import Job, Method, Parameter
-from ggez_merge.parameters import Scalar
+from ggez_merge.methods.method import Job, Method
 from ggez_merge.resolve import some
 from ggez_merge.work import FLOATS, Work, carry_out, check_alike, check_equal, check_overlaps
 
+if TYPE_CHECKING:
+    import numpy as np
+
 StateDict = Mapping[str, torch.Tensor]
 Tensors = TypeVar("Tensors", torch.Tensor, StateDict)
-PerModel = float | Sequence[float]  # one number for all models, or one for each
+Numbers: TypeAlias = "float | Sequence[Numbers] | np.ndarray[Any, Any] | torch.Tensor"  # an array only with `axes`
+PerModel: TypeAlias = Numbers  # a number for all models, or a list of what it is for each
 Nonfinite = Literal["error", "allow"]
 Buffers = Literal["error", "base"]
 
@@ -37,9 +42,10 @@ def linear(
     base: Tensors | None,
     models: Tensors | Sequence[Tensors],
     *,
-    ratio: float | None = None,
+    ratio: Numbers | None = None,
     weight: PerModel | None = None,
     normalize: bool = True,
+    axes: str | None = None,
     out: Tensors | None = None,
     out_dtype: torch.dtype | None = None,
     nonfinite: Nonfinite = "error",
@@ -54,13 +60,25 @@ def linear(
     arXiv 2203.05482) and needs no base: None. float32 inside (float64 where a tensor is), rounded once.
 
     base, models: tensors of one shape, or mappings of the same names to such; a single model, or a list.
+    axes: what the arrays among the parameters are about, in the manner of einops. On the left all axes of the tensor,
+    on the right those of the arrays: "(head d) m -> head" takes one number for each attention head, "(gate_up f) m ->
+    gate_up" two for a fused projection, "expert i o -> expert", "row column -> row", "m (head d) -> head" what they
+    say. A parameter is then a number or an array (nested lists, numpy, torch) of exactly those axes, which give them
+    their lengths; a parameter of each model is a list with one or the other for each model, or, of a single model, the
+    array alone. Each part is merged as a tensor of its own. Where the axes on the right come first on the left, parts
+    are pieces of memory and nothing is copied; otherwise all inputs are, and the output. Single tensors only.
+    Parts of unequal sizes, as the q, k and v of grouped-query attention, need no axes:
+
+        for part, of_base, of_tuned, r in zip(*(x.split([512, 128, 128]) for x in (out, base, tuned)), ratios):
+            ggez_merge.linear(of_base, of_tuned, ratio=r, out=part)
+
     out: what to write to, of the same names and shapes, sharing no memory with an input; new tensors if None.
     out_dtype: of new tensors; the base's own if None (the first model's where there is no base).
     nonfinite: "allow" lets NaN and infinities through. buffers: "base" takes its integers where others differ.
     Raises Refused, and TypeError where tensors and mappings are mixed.
     """
     shared = {"ratio": ratio, "normalize": normalize}
-    return _merge("linear", base, models, shared, {"weight": weight}, out, out_dtype, nonfinite, buffers)
+    return _merge("linear", base, models, shared, {"weight": weight}, axes, out, out_dtype, nonfinite, buffers)
 
 
 def task_arithmetic(
@@ -68,8 +86,9 @@ def task_arithmetic(
     models: Tensors | Sequence[Tensors],
     *,
     weight: PerModel,
-    lambda_: float = 1.0,
+    lambda_: Numbers = 1.0,
     normalize: bool = False,
+    axes: str | None = None,
     out: Tensors | None = None,
     out_dtype: torch.dtype | None = None,
     nonfinite: Nonfinite = "error",
@@ -79,10 +98,11 @@ def task_arithmetic(
 
         out = base + lambda * sum_k w_k (x_k - base)         (divided by sum_k w_k if `normalize`)
 
+    With `axes="expert i o -> expert"`, `weight=[of_a, of_b]` has an array of each model's weights by expert.
     Tensors, mappings, the other arguments and errors as for `linear`.
     """
     shared = {"lambda": lambda_, "normalize": normalize}
-    return _merge("task_arithmetic", base, models, shared, {"weight": weight}, out, out_dtype, nonfinite, buffers)
+    return _merge("task_arithmetic", base, models, shared, {"weight": weight}, axes, out, out_dtype, nonfinite, buffers)
 
 
 def ties(
@@ -91,12 +111,13 @@ def ties(
     *,
     weight: PerModel,
     density: PerModel = 1.0,
-    lambda_: float = 1.0,
+    lambda_: Numbers = 1.0,
     normalize: bool = True,
     rescale: bool = False,
     scope: Literal["tensor", "global"] = "tensor",
     ties: Literal["index", "all"] = "index",
     vote: Literal["sum", "count"] = "sum",
+    axes: str | None = None,
     out: Tensors | None = None,
     out_dtype: torch.dtype | None = None,
     nonfinite: Nonfinite = "error",
@@ -108,7 +129,8 @@ def ties(
         elected = sign(sum_k w_k d_k)                        (vote "count": sign(sum_k sign(w_k d_k)))
         out     = base + lambda * sum_{k agrees} w_k d_k / sum_{k agrees} |w_k|   (no division if not `normalize`)
 
-    scope: magnitudes are compared within each tensor, or over the whole mapping. ties: of entries equal to the
+    scope: magnitudes are compared within each tensor, or over the whole mapping; with `axes` within each part, or over
+    the whole tensor (where densities differ by part, their mean over it is kept). ties: of entries equal to the
     smallest that is kept the first count, or all. rescale: each trimmed delta gets the L1 norm back that it had.
     Tensors, mappings, the other arguments and errors as for `linear`.
     """
@@ -121,7 +143,7 @@ def ties(
         "vote": vote,
     }
     own = {"weight": weight, "density": density}
-    return _merge("ties", base, models, shared, own, out, out_dtype, nonfinite, buffers)
+    return _merge("ties", base, models, shared, own, axes, out, out_dtype, nonfinite, buffers)
 
 
 # --- from arguments to work -----------------------------------------------------------------------------------------
@@ -133,6 +155,7 @@ def _merge(
     models: Tensors | Sequence[Tensors],
     shared: Mapping[str, Any],
     per_model: Mapping[str, Any],
+    axes: str | None,
     out: Tensors | None,
     out_dtype: torch.dtype | None,
     nonfinite: str,
@@ -149,7 +172,11 @@ def _merge(
     given = [key for key, value in (*shared.items(), *per_model.items()) if value is not None]
     if method.uses_base(given) and base is None:
         problems.append(Problem(f"{method_name} needs a base", remedy="pass what the models were tuned from"))
-    values, own_values = _parameters(method, given, shared, per_model, len(listed), problems)
+    names = names_of(axes, problems) if axes is not None else []
+    if axes is not None and not alone:
+        remedy = "merge the tensors that have these axes one by one, and the others without"
+        problems.append(Problem("`axes` are those of a single tensor", "axes", found="mappings", remedy=remedy))
+    parts = parameters(method, given, shared, per_model, len(listed), names, problems)
     if out_dtype is not None and out_dtype not in FLOATS:
         problems.append(Problem("the output's dtype is no float that can be merged", "out_dtype", found=str(out_dtype)))
     if out_dtype is not None and out is not None:
@@ -168,16 +195,22 @@ def _merge(
         merged[name] = inputs.pop("out") if out is not None else torch.empty_like(first, dtype=dtype)
         if floats and not method.uses_base(given):
             inputs.pop("base", None)
-        job = Job(name, first.numel(), values, own_values) if floats else None
+        if floats and axes is not None and not problems:
+            problems += check_axes(first, axes, parts)
+        job = Job(name, first.numel(), *next(iter(parts.values()))) if floats else None
         works.append(Work(name, job, inputs, merged[name]))
-    finish(method, works, problems, nonfinite, buffers)
+    refuse(method, works, problems, nonfinite, buffers)
+    if axes is not None and works[0].job:
+        carry_out_parts(method, works[0], axes, parts, nonfinite)
+    else:
+        carry_out(method, works, nonfinite)
     made: Any = merged[""] if alone else merged
     answer: Tensors = made if out is None else out
     return answer
 
 
-def finish(method: Method, works: Sequence[Work], problems: list[Problem], nonfinite: str, buffers: str) -> None:
-    """The last checks, of all tensors together; then either all problems, or the merge."""
+def refuse(method: Method, works: Sequence[Work], problems: list[Problem], nonfinite: str, buffers: str) -> None:
+    """The last checks, of all tensors together; then Refused for all problems, if there are any."""
     for key, value, choices in (("nonfinite", nonfinite, ("error", "allow")), ("buffers", buffers, ("error", "base"))):
         if value not in choices:
             problems.append(Problem(f"`{key}` must be one of {', '.join(choices)}", found=str(value)))
@@ -190,7 +223,6 @@ def finish(method: Method, works: Sequence[Work], problems: list[Problem], nonfi
         problems.append(Problem("tensors with one threshold must be on one device", found=", ".join(devices)))
     if problems:
         raise Refused(problems)
-    carry_out(method, works, nonfinite)
 
 
 def _are_tensors(method_name: str, sides: Iterable[Any]) -> bool:
@@ -220,61 +252,3 @@ def lacking(lacks: str, has: str, names: list[str]) -> Problem:
     return Problem(
         f"{lacks} lacks {len(names)} tensor{'s' if len(names) > 1 else ''} that {has} has", tensor=some(names)
     )
-
-
-# --- parameters -----------------------------------------------------------------------------------------------------
-
-
-def _parameters(
-    method: Method,
-    given: Collection[str],
-    shared: Mapping[str, Any],
-    per_model: Mapping[str, Any],
-    n_models: int,
-    problems: list[Problem],
-) -> tuple[dict[str, Scalar], list[dict[str, Scalar]]]:
-    """Every parameter of the method: shared ones, and those of each model."""
-    before = len(problems)
-    if n_models < method.n_models[0]:
-        problems.append(Problem(f"{method.name} merges at least {method.n_models[0]} model", found=f"{n_models}"))
-    for key, parameter in (*method.shared.items(), *method.per_model.items()):
-        if parameter.required and key not in given:
-            problems.append(Problem(f"{method.name} needs `{key}`"))
-    values = _defaults(method.shared)
-    values |= {k: value_of(method, k, p, shared[k], problems) for k, p in method.shared.items() if k in given}
-    own = [_defaults(method.per_model) for _ in range(n_models)]
-    for key, parameter in method.per_model.items():
-        if key not in given:
-            continue
-        numbers = _plain(per_model[key])
-        numbers = numbers if isinstance(numbers, (list, tuple)) else [numbers] * n_models
-        if len(numbers) != n_models:
-            what = f"`{key}` must be a number, or one for each of {n_models} models"
-            problems.append(Problem(what, found=f"{len(numbers)} numbers"))
-        for mine, value in zip(own, numbers, strict=False):
-            mine[key] = value_of(method, key, parameter, value, problems)
-    if len(problems) == before:
-        fault = method.check_given(given) or method.check(Job("", 1, values, own))
-        if fault:
-            problems.append(Problem(f"{method.name}: {fault}"))
-    return values, own
-
-
-def _defaults(parameters: Mapping[str, Parameter]) -> dict[str, Scalar]:
-    return {key: parameter.default for key, parameter in parameters.items() if parameter.default is not None}
-
-
-def value_of(method: Method, key: str, parameter: Parameter, value: Any, problems: list[Problem]) -> Scalar:
-    """The value of a parameter, or one to go on with if it is wrong."""
-    plain: Scalar = _plain(value)
-    infinite = isinstance(plain, float) and not math.isfinite(plain)
-    expected = "a finite number" if infinite else parameter.fault(plain)
-    if expected:
-        problems.append(Problem(f"`{key}` of {method.name} must be {expected}", found=str(value)))
-        return parameter.default if parameter.default is not None else 1.0
-    return plain
-
-
-def _plain(value: Any) -> Any:
-    """Numbers of numpy and torch as Python's."""
-    return value.tolist() if hasattr(value, "tolist") else value

@@ -54,15 +54,23 @@ def carry_out(method: Method, works: Sequence[Work], nonfinite: str) -> None:
     for work in works:
         if work.job is None:
             work.out.detach().copy_(next(iter(work.inputs.values())).detach())
-    merged = sorted((work for work in works if work.job), key=lambda work: work.out.numel(), reverse=True)
-    here = [work for work in merged if work.out.device.type == "cpu"]
-    there = [work for work in merged if work.out.device.type != "cpu"]
+    merged = [work for work in works if work.job]
+    stats = combine(method, merged)
+    if nonfinite == "error":
+        refuse_nonfinite(merged, counted(stats))
+
+
+def combine(method: Method, works: Sequence[Work]) -> list[Stats]:
+    """Measure and combine, on every device; what was seen of each work, not waited for."""
+    by_size = sorted(works, key=lambda work: work.out.numel(), reverse=True)
+    here = [work for work in by_size if work.out.device.type == "cpu"]
+    there = [work for work in by_size if work.out.device.type != "cpu"]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         stats = [*_merge(method, there, map), *_merge(method, here, pool.map if len(here) > 1 else map)]
-    for work in merged:
+    for work in works:
         torch.autograd.graph.increment_version(work.out)  # autograd shall notice, should it still need what was there
-    if nonfinite == "error":
-        _refuse_nonfinite([*there, *here], stats)
+    found = dict(zip(map(id, [*there, *here]), stats, strict=True))
+    return [found[id(work)] for work in works]
 
 
 def _merge(method: Method, works: Sequence[Work], each: Each) -> list[Stats]:
@@ -70,11 +78,11 @@ def _merge(method: Method, works: Sequence[Work], each: Each) -> list[Stats]:
         return []
     kernels = kernels_for(str(works[0].out.device))
     together = [work for work in works if work.job and method.measures_together(work.job)]
-    measured = {work.name: result for work, result in zip(together, _measure(method, together, each), strict=True)}
+    measured = dict(zip(map(id, together), _measure(method, together, each), strict=True))
 
     def combine(work: Work) -> Stats:
         assert work.job is not None
-        result = measured[work.name] if work.name in measured else _measure(method, [work], map)[0]
+        result = measured[id(work)] if id(work) in measured else _measure(method, [work], map)[0]
         return method.combine(kernels, work.job, result)(array(work.out), work.base, work.models, 0)
 
     return list(each(combine, works))
@@ -107,13 +115,17 @@ def array(tensor: torch.Tensor) -> Array:
     return flat.numpy()
 
 
-def _refuse_nonfinite(works: Sequence[Work], stats: Sequence[Stats]) -> None:
-    """Waits for the device, once."""
+def counted(stats: Sequence[Stats]) -> list[list[int]]:
+    """How many elements are not finite, in each input and in the output. Waits for the device, once."""
     rows = [torch.stack([torch.as_tensor(n) for n in (*each.nonfinite, each.nonfinite_out)]) for each in stats]
     numbers = iter(torch.cat([row.to(rows[0].device) for row in rows]).tolist() if rows else [])
+    return [[next(numbers) for _ in row] for row in rows]
+
+
+def refuse_nonfinite(works: Sequence[Work], counts: Sequence[Sequence[int]]) -> None:
+    """Refused for NaN, infinities and overflows, all that were counted."""
     problems: list[Problem] = []
-    for work, row in zip(works, rows, strict=True):
-        *of_inputs, of_out = (next(numbers) for _ in row)
+    for work, (*of_inputs, of_out) in zip(works, counts, strict=True):
         places = [(label, tensor.numel()) for label, tensor in work.inputs.items()]
         allow = 'nonfinite="allow"'
         problems += nonfinite_problems(work.name or None, str(work.out.dtype), places, of_inputs, of_out, allow)
@@ -171,7 +183,7 @@ def check_equal(work: Work) -> Iterable[Problem]:
                 place=label,
                 tensor=work.name or None,
                 expected=f"the values in {first_label}",
-                remedy="convert them to bfloat16 first"
+                remedy="make bfloat16 of them first, with their scales: ggez_merge.dequantize"
                 if first.dtype.is_floating_point
                 else 'buffers="base" takes the base\'s integers',
             )

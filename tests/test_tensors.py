@@ -123,7 +123,7 @@ def test_threads_do_not_change_a_byte(folder: Path) -> None:
 @pytest.mark.parametrize("method", FUNCTIONS)
 def test_parameters_and_defaults_are_those_of_the_recipes(method: str) -> None:
     parameters = inspect.signature(FUNCTIONS[method]).parameters
-    common = {"base", "models", "out", "out_dtype", "nonfinite", "buffers"}
+    common = {"base", "models", "axes", "out", "out_dtype", "nonfinite", "buffers"}
     found = {
         name.rstrip("_"): None if parameter.default is parameter.empty else parameter.default
         for name, parameter in parameters.items()
