@@ -3,23 +3,20 @@
 The functions on tensors are imported when they are asked for: they need torch, and the command line does not.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "linear", "merge_into", "task_arithmetic", "ties"]
+__all__ = ["__version__", "dequantize", "linear", "merge_into", "task_arithmetic", "ties"]
 
 if TYPE_CHECKING:
     from ggez_merge.live import merge_into
+    from ggez_merge.quantized import dequantize
     from ggez_merge.tensors import linear, task_arithmetic, ties
 else:
+    _HOMES = {"dequantize": "quantized", "merge_into": "live"}
 
     def __getattr__(name: str) -> Any:
-        if name == "merge_into":
-            from ggez_merge.live import merge_into
-
-            return merge_into
         if name in __all__:
-            from ggez_merge import tensors
-
-            return getattr(tensors, name)
+            return getattr(import_module(f"ggez_merge.{_HOMES.get(name, 'tensors')}"), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

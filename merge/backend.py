@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 from ggez_merge.errors import Failed, Problem, Refused
 from ggez_merge.methods.method import Kernels
@@ -126,6 +126,13 @@ def load_kernels() -> tuple[Kernels, str]:
 def kernels_for(tensor_device: str) -> Kernels:
     """The kernels for tensors that are on this device, named as torch does: on the CPU, their views as numpy arrays."""
     return kernels_of("gpu") if tensor_device.startswith("cuda") else load_kernels()[0]
+
+
+def dequantizer(tensor_device: str) -> Callable[[Any, Any, Any], None]:
+    """The kernel (out, quantized, scale) for tensors on this device; on the CPU torch's is the only one."""
+    package = PACKAGES["gpu" if tensor_device.startswith("cuda") else "reference"]
+    function: Callable[[Any, Any, Any], None] = importlib.import_module(f"{package}.dequantize").dequantize
+    return function
 
 
 def kernels_of(backend: str) -> Kernels:

@@ -13,6 +13,7 @@ from ggez_merge.errors import Problem, Refused
 from ggez_merge.header import FLOAT8 as FLOAT8
 from ggez_merge.header import FLOATS as FLOATS
 from ggez_merge.header import ITEM_BITS as ITEM_BITS
+from ggez_merge.header import SCALED as SCALED
 from ggez_merge.header import ShardFile as ShardFile
 from ggez_merge.header import Tensor as Tensor
 from ggez_merge.header import read_shard_header as read_shard_header
@@ -155,7 +156,8 @@ def _read_config(path: Path, problems: list[Problem]) -> dict[str, Any] | None:
                         f"the model is quantised ({printable(str(method))}): its numbers are codes",
                         place=str(path),
                         found=printable(where + key),
-                        remedy="merge unquantised models and quantise the result, or dequantise this one",
+                        remedy="merge unquantised models and quantise the result, or dequantise this one "
+                        "(fp8 with `ggez_merge.dequantize`)",
                     )
                 )
             elif isinstance(value, dict):

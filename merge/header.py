@@ -46,6 +46,9 @@ FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
 
 FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 
+SCALED = frozenset({"F8_E4M3", "F8_E5M2"})
+"""Those of them that weights are quantised to: they mean nothing without scales, which are tensors of their own."""
+
 _LARGEST = 2**63 - 1
 _DOWNLOAD_AGAIN = "download or copy the file again"
 _WRITE_AGAIN = "write the file again with the safetensors library"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from ggez_merge.checkpoint import FLOATS, ITEM_BITS, Checkpoint, Tensor
+from ggez_merge.checkpoint import FLOATS, ITEM_BITS, SCALED, Checkpoint, Tensor
 from ggez_merge.components import component, layer, rename_layer
 from ggez_merge.depth import layer_counts, restate_depth
 from ggez_merge.errors import Problem
@@ -92,6 +92,7 @@ class _Assembler:
         assembled.given = frozenset(self.resolver.given())
         self.uses_base = method.uses_base(assembled.given)
         self.missing: dict[tuple[str, str], list[str]] = defaultdict(list)  # (lacks, has) -> names
+        self.scaled: dict[tuple[str, str], list[str]] = defaultdict(list)  # (file, dtype) -> names
 
     def run(self) -> None:
         fault = self.method.check_given(self.result.given)
@@ -110,6 +111,7 @@ class _Assembler:
             else:
                 self._whole(module, names)
         self._explain_missing()
+        self._refuse_scaled()
         self.result.problems.extend(self.resolver.problems())
         self._check_together()
         if self.recipe.base_model and not self.uses_base and self.recipe.base_model not in self._listed():
@@ -316,6 +318,11 @@ class _Assembler:
         """
         tensors = [self.checkpoints[reference].tensors.get(own) for reference, own in wanted]
         found = [tensor for tensor in tensors if tensor is not None]
+        scaled = [tensor for tensor in found if tensor.dtype in SCALED]
+        for tensor in scaled:
+            self.scaled[(str(tensor.file), tensor.dtype)].append(name)
+        if scaled:
+            return
         witness = self.result.layout.tensors.get(name)
         stacked = any(source.layer_range for source in piece.sources)
         if len(found) == len(tensors) and (witness is not None or stacked):
@@ -392,6 +399,19 @@ class _Assembler:
                     tensor=some(names),
                     remedy="if they are the same model under other names, save both with one version of transformers; "
                     "if not, `missing: copy` copies them unmerged",
+                )
+            )
+
+    def _refuse_scaled(self) -> None:
+        for (file, dtype), names in self.scaled.items():
+            self.result.problems.append(
+                Problem(
+                    "8-bit floats cannot be merged: without their scales they mean nothing",
+                    place=file,
+                    tensor=some(names),
+                    expected="bfloat16, float16, float32 or float64",
+                    found=dtype,
+                    remedy="make bfloat16 of them first: ggez_merge.dequantize(weight, scale)",
                 )
             )
 

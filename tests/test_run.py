@@ -444,9 +444,9 @@ class TestWeightsThatMustNotBeMerged:
         assert (problem.tensor, problem.found) == ("x", "9 elements overflow")
         assert "F16" in problem.what
 
-    @pytest.mark.parametrize("dtype", ["int64", "int32", "uint8", "bool", "complex64", "float8_e4m3fn"])
+    @pytest.mark.parametrize("dtype", ["int64", "int32", "uint8", "bool", "complex64", "float8_e4m3fnuz"])
     def test_what_cannot_be_averaged_must_be_equal(self, dtype: str, tmp_path: Path) -> None:
-        np_dtype = np.dtype(ml_dtypes.float8_e4m3fn) if dtype == "float8_e4m3fn" else np.dtype(dtype)
+        np_dtype = np.dtype(ml_dtypes.float8_e4m3fnuz) if dtype == "float8_e4m3fnuz" else np.dtype(dtype)
         for model in ("base", "one"):
             made = {"w": np.ones(3, "f4"), "ids": np.zeros(70_000, np_dtype), "other": np.ones(3, np_dtype)}
             write_checkpoint(tmp_path / model, made)
@@ -460,7 +460,7 @@ class TestWeightsThatMustNotBeMerged:
         for problem in problems:
             assert all(str(tmp_path / model) in str(problem.expected) for model in ("base", "one"))
         taken = json_of(INTERPOLATE, buffers="base")
-        if dtype == "float8_e4m3fn":
+        if dtype == "float8_e4m3fnuz":
             assert {problem.tensor for problem in bad_weights(tmp_path, taken)} == {"ids", "other"}
         else:
             found = merged(tmp_path, taken)
