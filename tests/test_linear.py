@@ -9,13 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_inputs import BF16, DTYPES, F16, F32, F64, Array, Case, as_bytes, cases, make, widened, with_gap, work_dtype
+from numba import njit
 
 from ggez_kernels.cpu.linear import STREAM_BYTES, linear, linear_many
+from ggez_kernels.cpu.rounding import bits_to_f16, bits_to_f16_by_integers, f16_to_f32, f16_to_f32_by_integers
 from ggez_kernels.reference.linear import linear as definition
 from ggez_kernels.reference.linear import linear_many as definition_of_many
 from ggez_kernels.sparsify import Sparsify, Stats
 
 quickly = settings(max_examples=80, deadline=None)
+
+
+TOPS = [(BF16, 3e38), (F16, 6e4), (F32, 3e38)]  # near the largest number that each can store
 
 
 def run(kernel: Any, case: Case) -> tuple[Array, Stats]:
@@ -39,16 +44,17 @@ def test_compiled_kernel_gives_the_bytes_of_the_definition(case: Case) -> None:
 @pytest.mark.parametrize("weight", [0.3, 0.8, -0.5, 0.0, 1.0])
 @pytest.mark.parametrize("with_base", [True, False])
 @pytest.mark.parametrize("flavour", ["plain", "special", "nonfinite"])
-def test_bfloat16_loops_give_the_bytes_of_the_definition(
-    count: int, weight: float, with_base: bool, flavour: str
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+def test_fused_loops_give_the_bytes_of_the_definition(
+    count: int, weight: float, with_base: bool, flavour: str, dtype: Any
 ) -> None:
     rng = np.random.default_rng(count)
-    base = make(rng, 4096 * 20 + 77, BF16, "plain")
+    base = make(rng, 4096 * 20 + 77, dtype, "plain")
     base[::7] = -0.0
-    models = [make(rng, base.size, BF16, "plain", base) for _ in range(count)]
+    models = [make(rng, base.size, dtype, "plain", base) for _ in range(count)]
     if flavour != "plain":  # in one span out of many: the others must not notice
-        models[-1][9000:9100] = make(rng, 100, BF16, flavour)
-    case = Case(base if with_base else None, models, [weight, 0.7][:count], BF16, None, 0)
+        models[-1][9000:9100] = make(rng, 100, dtype, flavour)
+    case = Case(base if with_base else None, models, [weight, 0.7][:count], dtype, None, 0)
     found, stats = run(linear, case)
     expected, wanted = run(definition, case)
     assert as_bytes(found) == as_bytes(expected)
@@ -67,13 +73,15 @@ def test_sums_of_squares(case: Case) -> None:
         assert found == pytest.approx(float(np.sum(np.square(delta, dtype=np.float64))), rel=1e-5)
 
 
-@pytest.mark.parametrize("weights", [[3e38], [3e38, 1e38]])
-def test_an_overflow_is_counted_and_squares_only_once(weights: list[float]) -> None:
-    """The bfloat16 loops give up on a span whose result is not finite; it is then computed again, row by row."""
-    base = np.zeros(3 * 4096, BF16)
-    model = np.ones(3 * 4096, BF16)
+@pytest.mark.parametrize("share", [[1.0], [1.0, 0.3]])
+@pytest.mark.parametrize(("dtype", "top"), TOPS)
+def test_an_overflow_is_counted_and_squares_only_once(share: list[float], dtype: Any, top: float) -> None:
+    """The fused loops give up on a span whose result is not finite; it is then computed again, row by row."""
+    weights = [top * part for part in share]
+    base = np.zeros(3 * 4096, dtype)
+    model = np.ones(3 * 4096, dtype)
     model[4096:8192] = 2
-    out, stats = run(linear, Case(base, [model] * len(weights), weights, BF16, None, 0))
+    out, stats = run(linear, Case(base, [model] * len(weights), weights, dtype, None, 0))
     assert stats.nonfinite == (0,) * (1 + len(weights))
     assert stats.nonfinite_out == int(np.isinf(out.astype(np.float32)).sum()) >= 4096
     assert stats.delta_squares == (4096 * (1 + 4 + 1),) * len(weights)
@@ -162,6 +170,29 @@ def test_widening_is_exact() -> None:
         assert np.isnan(out[nan]).all()
 
 
+def test_halves_are_the_same_bits_with_and_without_instructions_for_them() -> None:
+    @njit
+    def both_ways(patterns: Array, bits: Array, wide: Array, narrowed: Array) -> None:
+        for i in range(patterns.size):
+            wide[0, i] = f16_to_f32(patterns[i])
+            wide[1, i] = f16_to_f32_by_integers(patterns[i])
+        for i in range(bits.size):
+            narrowed[0, i] = bits_to_f16(bits[i])
+            narrowed[1, i] = bits_to_f16_by_integers(bits[i])
+
+    halves = np.arange(65536, dtype=np.uint16)
+    values = halves.view(np.float16).astype(np.float32)
+    spread = np.random.default_rng(5).integers(0, 1 << 32, 200_000, dtype=np.uint32).view(np.float32)
+    numbers = ~np.isnan(values)
+    near = np.concatenate([f(values[numbers]) for f in (np.copy, _up, _down)] + [spread[~np.isnan(spread)]])
+    wide, narrowed = np.empty((2, halves.size), np.float32), np.empty((2, near.size), np.uint16)
+    both_ways(halves, near.view(np.uint32), wide, narrowed)
+    assert (wide.view(np.uint32) == values.view(np.uint32))[:, numbers].all()
+    assert np.isnan(wide[:, ~numbers]).all()
+    with np.errstate(over="ignore"):
+        assert (narrowed == near.astype(np.float16).view(np.uint16)).all()
+
+
 def test_an_unaligned_view_is_as_good() -> None:
     rng = np.random.default_rng(1)
     base, model = make(rng, 8193, BF16, "plain"), make(rng, 8193, BF16, "plain")
@@ -205,27 +236,31 @@ def test_many_outputs_in_one_read_have_the_bytes_of_many_calls(case: Case, count
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("leads", [[0], [8], [13], [8, 8, 2]])
-@pytest.mark.parametrize("flavour", ["plain", "special", "nonfinite"])
-def test_outputs_larger_than_the_caches(count: int, leads: list[int], flavour: str) -> None:
+@pytest.mark.parametrize(
+    ("flavour", "dtype"), [("plain", BF16), ("special", BF16), ("nonfinite", BF16), ("special", F16), ("special", F32)]
+)
+def test_outputs_larger_than_the_caches(count: int, leads: list[int], flavour: str, dtype: Any) -> None:
     """They are stored in another way, line by line, which has to begin and end where each of them does."""
     rng = np.random.default_rng(count)
     rows = [[ratio, *[0.4] * (count - 1)] for ratio in (0.0, -0.4, 1e-42, 0.1, 0.3, 0.5, 0.75, 0.9, 1.0, 1.6)]
-    size = STREAM_BYTES // 2 // len(rows) + 4096 + 77
-    base = make(rng, size, BF16, "plain")
+    size = STREAM_BYTES // dtype.itemsize // len(rows) + 4096 + 77
+    base = make(rng, size, dtype, "plain")
     base[::7] = -0.0
-    models = [make(rng, size, BF16, "plain", base) for _ in range(count)]
+    models = [make(rng, size, dtype, "plain", base) for _ in range(count)]
     models[0][::7] = 0.0
     if flavour != "plain":  # in one span out of many
-        models[count // 2][9000:9100] = make(rng, 100, BF16, flavour)
-    case = Case(base, models, [], BF16, None, 0)
+        models[count // 2][9000:9100] = make(rng, 100, dtype, flavour)
+    case = Case(base, models, [], dtype, None, 0)
     agree(case, rows, run_many(linear_many, case, rows, (leads * len(rows))[: len(rows)]))
 
 
-@pytest.mark.parametrize("row", [[3e38], [-3e38], [3e38, 1e38]])
-def test_an_overflow_is_counted_for_the_output_that_has_it(row: list[float]) -> None:
-    base, model = np.zeros(3 * 4096, BF16), np.ones(3 * 4096, BF16)
+@pytest.mark.parametrize("share", [[1.0], [-1.0], [1.0, 0.3]])
+@pytest.mark.parametrize(("dtype", "top"), TOPS)
+def test_an_overflow_is_counted_for_the_output_that_has_it(share: list[float], dtype: Any, top: float) -> None:
+    row = [top * part for part in share]
+    base, model = np.zeros(3 * 4096, dtype), np.ones(3 * 4096, dtype)
     model[4096:8192] = 2
-    case = Case(base, [model] * len(row), [], BF16, None, 0)
+    case = Case(base, [model] * len(row), [], dtype, None, 0)
     found = run_many(linear_many, case, [[0.5] * len(row), row], [0, 0])
     assert [stats.nonfinite_out > 0 for _, stats in found] == [False, True]
     agree(case, [[0.5] * len(row), row], found)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_inputs import BF16, DTYPES, F32, Array, Case, as_bytes, cases, keys, make, with_gap
+from kernel_inputs import BF16, DTYPES, F16, F32, Array, Case, as_bytes, cases, keys, make, with_gap
 
 from ggez_kernels.cpu.linear import linear
 from ggez_kernels.cpu.vote import vote
@@ -41,16 +41,19 @@ def test_compiled_kernel_gives_the_bytes_of_the_definition(case: Case, how: dict
 @pytest.mark.parametrize("flavour", ["plain", "special", "nonfinite"])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("weights", [[0.5, 0.5], [0.3, -0.8]])
-def test_bfloat16_loop_gives_the_bytes_of_the_definition(flavour: str, normalize: bool, weights: list[float]) -> None:
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+def test_fused_loop_gives_the_bytes_of_the_definition(
+    flavour: str, normalize: bool, weights: list[float], dtype: Any
+) -> None:
     rng = np.random.default_rng(5)
-    base = make(rng, 4096 * 20 + 77, BF16, "plain")
+    base = make(rng, 4096 * 20 + 77, dtype, "plain")
     base[::7] = -0.0
-    models = [make(rng, base.size, BF16, "plain", base) for _ in range(2)]
+    models = [make(rng, base.size, dtype, "plain", base) for _ in range(2)]
     if flavour != "plain":
-        models[1][9000:9100] = make(rng, 100, BF16, flavour)
+        models[1][9000:9100] = make(rng, 100, dtype, flavour)
     median = int(np.median(keys(base, models[0])))
     sparsify = [Sparsify(median, 4096 * 8 + 11), Sparsify(median, rescale=1.5)]
-    case = Case(base, models, weights, BF16, sparsify, 0)
+    case = Case(base, models, weights, dtype, sparsify, 0)
     found, stats = run(vote, case, normalize=normalize, scale=0.9)
     expected, wanted = run(definition, case, normalize=normalize, scale=0.9)
     assert as_bytes(found) == as_bytes(expected)
@@ -59,11 +62,12 @@ def test_bfloat16_loop_gives_the_bytes_of_the_definition(flavour: str, normalize
         assert stats.delta_squares == pytest.approx(wanted.delta_squares, rel=1e-5)
 
 
-def test_an_overflow_is_counted_and_squares_only_once() -> None:
-    base = np.zeros(2 * 4096, BF16)
-    model = np.ones(2 * 4096, BF16)
+@pytest.mark.parametrize(("dtype", "top"), [(BF16, 3e38), (F16, 6e4), (F32, 3e38)])
+def test_an_overflow_is_counted_and_squares_only_once(dtype: Any, top: float) -> None:
+    base = np.zeros(2 * 4096, dtype)
+    model = np.ones(2 * 4096, dtype)
     model[4096:] = 2
-    _, stats = run(vote, Case(base, [model] * 2, [0.5, 0.5], BF16, None, 0), scale=3e38)
+    _, stats = run(vote, Case(base, [model] * 2, [0.5, 0.5], dtype, None, 0), scale=top)
     assert (stats.nonfinite, stats.nonfinite_out) == ((0, 0, 0), 4096)
     assert stats.delta_squares == (4096 * (1 + 4),) * 2
 

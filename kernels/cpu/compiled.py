@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llvmlite import ir
-from numba import njit
+from llvmlite import binding, ir
+from numba import config, njit
 from numba.core import types as numba_types
 from numba.extending import intrinsic
 
@@ -58,6 +58,34 @@ def pointer(typing_context: Any, address: Any) -> Any:
         return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
 
     return numba_types.voidptr(address), generate
+
+
+def processor_has(*features: str) -> bool:
+    """Whether the code may use one of these instructions of this processor: not where numba was told of another."""
+    if config.CPU_NAME or config.CPU_FEATURES:
+        return False
+    here = binding.get_host_cpu_features()
+    return any(here.get(feature, False) for feature in features)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def f32_of_f16(typing_context: Any, bits: Any) -> Any:
+    """The float32 that a half stands for, by one instruction."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+
+    return numba_types.float32(numba_types.uint16), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def f16_of_f32(typing_context: Any, value: Any) -> Any:
+    """The bits of a float32 rounded to a half, to nearest even, by one instruction."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
+
+    return numba_types.uint16(numba_types.float32), generate
 
 
 LINE = 64

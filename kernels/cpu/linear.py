@@ -11,9 +11,10 @@ import numpy as np
 from ggez_kernels.arguments import check_candidates
 from ggez_kernels.sparsify import Sparsify, Stats
 
-from .bf16 import (
+from .compiled import LINE, compiled, drain
+from .fused import (
+    PIECE,
     SPAN,
-    WORDS,
     back_from,
     one_back_from,
     one_copy,
@@ -25,8 +26,7 @@ from .bf16 import (
     towards_two,
     words_of,
 )
-from .compiled import LINE, compiled, drain
-from .rounding import BF16, narrow, overflow_bits, widen
+from .rounding import F16, item_size, narrow, overflow_bits, widen
 from .strips import (
     ABSENT,
     ADDRESS,
@@ -66,7 +66,7 @@ def linear(
     scratch = np.empty((4, STRIP), call.work)
     words = np.empty(STRIP + 4, np.uint32)
     squares, sums = running_squares(call)
-    nonfinite_out = _linear(call.table, call.reals, call.size, start, call.paired, scratch, words, squares, sums)
+    nonfinite_out = _linear(call.table, call.reals, call.size, start, call.like, scratch, words, squares, sums)
     return collect(call, base is not None, sums, nonfinite_out)
 
 
@@ -90,8 +90,9 @@ def linear_many(
             raise ValueError(f"{len(models)} models need {len(models)} weights, output {r} has {len(row)}")
         reals[r, :, WEIGHT] = row
     streams = sum(out.nbytes for out in outs) > STREAM_BYTES and not ((addresses - addresses[0]) % LINE).any()
+    like = None if call.like is None or (addresses % call.like.itemsize).any() else call.like
     scratch = np.empty((len(models) + 3, STRIP), call.work)
-    cached = np.empty((len(models) + 3) * WORDS + LINE // 4, np.uint32)
+    room = np.empty((len(models) + 2) * SPAN * outs[0].itemsize + 8 * PIECE + LINE, np.uint8)
     squares, sums = running_squares(call)
     nonfinite_out = np.zeros(len(outs), np.int64)
     _linear_many(
@@ -99,12 +100,12 @@ def linear_many(
         addresses,
         reals,
         call.size,
-        None if call.paired is None else bool(call.paired and not (addresses % 4).any()),
-        harmless(reals[:, :, WEIGHT]),
+        like,
+        harmless(reals[:, :, WEIGHT], call.table[-1, CODE] == F16),
         streams,
-        lead(int(addresses[0])) if streams else 0,
+        lead(int(addresses[0]), outs[0].itemsize) if streams else 0,
         scratch,
-        -(-address_of(cached) // LINE) * LINE,
+        -(-address_of(room) // LINE) * LINE,
         squares,
         sums,
         nonfinite_out,
@@ -113,23 +114,23 @@ def linear_many(
     return [replace(shared, nonfinite_out=int(count)) for count in nonfinite_out]
 
 
-def lead(address: int) -> int:
+def lead(address: int, item_size: int) -> int:
     """Where to begin, at or before element 0, so that all later spans of the array at `address` begin with a line."""
-    return -(address % LINE) // 2
+    return -(address % LINE) // item_size
 
 
-def harmless(weights: Array) -> Any:
+def harmless(weights: Array, halves: bool) -> Any:
     """Inputs below this magnitude give finite outputs, which are at most 3 + 2 sum |w| times as large.
 
-    NaN, below which there is nothing, if a weight is NaN.
+    halves: whether the outputs are float16. NaN, below which there is nothing, if a weight is NaN.
     """
-    return np.float32(2.0**126 / (3 + 2 * np.abs(weights.astype(np.float64)).sum(axis=1).max()))
+    return np.float32(2.0 ** (14 if halves else 126) / (3 + 2 * np.abs(weights.astype(np.float64)).sum(axis=1).max()))
 
 
 def running_squares(call: Call) -> tuple[Array, Array]:
     """Room to sum squared deltas, twice per model in the work dtype (see `_linear`) and once in float64."""
     count = call.reals.shape[0]
-    return np.zeros((2 * count, WORDS), call.work), np.zeros((count, WORDS))
+    return np.zeros((2 * count, STRIP), call.work), np.zeros((count, STRIP))
 
 
 def collect(call: Call, has_base: bool, sums: Array, nonfinite_out: int) -> Stats:
@@ -151,7 +152,7 @@ def _linear(
     reals: Any,
     size: Any,
     start: Any,
-    paired: Any,
+    like: Any,
     scratch: Any,
     words: Any,
     squares: Any,
@@ -159,15 +160,15 @@ def _linear(
 ) -> Any:
     count = reals.shape[0]
     fast = False
-    if paired is not None:
-        fast = paired and count <= 2 and can_hurry(table, reals)
+    if like is not None:
+        fast = count <= 2 and can_hurry(table, reals)
     nonfinite_out = 0
     for begin in range(0, size, SPAN):
         end = min(size, begin + SPAN)
         done = False
-        if paired is not None:
+        if like is not None:
             if fast and end - begin == SPAN:
-                done = hurry(table, reals, begin, squares) < overflow_bits(BF16)
+                done = hurry(table, reals, begin, like, squares) < overflow_bits(table[count + 1, CODE])
         if not done:
             # a span that is repeated has left its squares already: these go where nobody looks
             kept = squares[count:] if fast and end - begin == SPAN else squares[:count]
@@ -184,7 +185,7 @@ def _linear_many(
     addresses: Any,
     reals: Any,
     size: Any,
-    paired: Any,
+    like: Any,
     limit: Any,
     streams: Any,
     lead: Any,
@@ -196,15 +197,15 @@ def _linear_many(
 ) -> None:
     count = reals.shape[1]
     fast = False
-    if paired is not None:
-        fast = paired and table[count, CODE] != ABSENT
+    if like is not None:
+        fast = table[count, CODE] != ABSENT
     for begin in range(lead, size, SPAN):
         end = min(size, begin + SPAN)
         hurries = fast and begin >= 0 and end - begin == SPAN
         done = False
-        if paired is not None:
+        if like is not None:
             if hurries:
-                done = hurry_many(table, addresses, reals, begin, limit, streams, cached, squares)
+                done = hurry_many(table, addresses, reals, begin, like, limit, streams, cached, squares)
         if not done:
             # a span that is repeated has left its squares already: these go where nobody looks
             kept = squares[count:] if hurries else squares[:count]
@@ -217,27 +218,37 @@ def _linear_many(
 
 @compiled
 def hurry_many(
-    table: Any, addresses: Any, reals: Any, first: Any, limit: Any, streams: Any, cached: Any, squares: Any
+    table: Any,
+    addresses: Any,
+    reals: Any,
+    first: Any,
+    like: Any,
+    limit: Any,
+    streams: Any,
+    cached: Any,
+    squares: Any,
 ) -> Any:
-    """A span of bfloat16 for all outputs; False if it has to be done row by row.
+    """A span for all outputs; False if it has to be done row by row.
 
-    Spans are handed on as addresses: arrays that numba counts references of would cost as much as the arithmetic.
+    Spans are handed on as addresses: arrays that numba counts references of would cost as much as the arithmetic. At
+    `cached` there is room for those of the base, of all x and of the result, and for what `one_sum` adds up.
     """
     count = reals.shape[1]
-    stored_base, base = words_of(table[count, ADDRESS], first), words_of(cached, 0)
+    base, x = words_of(cached, 0, like), words_of(cached, SPAN, like)
+    result = words_of(cached, SPAN * (1 + count), like)
+    stored_base = words_of(table[count, ADDRESS], first, like)
     tame = True
     for k in range(count):
-        stored_x, x = words_of(table[k, ADDRESS], first), words_of(cached, SPAN * (1 + k))
-        tame &= survey(stored_base, stored_x, base, x, squares[k]) < limit
+        stored_x = words_of(table[k, ADDRESS], first, like)
+        tame &= survey(stored_base, stored_x, base, words_of(cached, SPAN * (1 + k), like), squares[k]) < limit
     if not tame:
         return False
-    result = cached + 2 * SPAN * (1 + count)
     for r in range(addresses.size):
-        out = words_of(result if streams else addresses[r], 0 if streams else first)
-        target = addresses[r] + 2 * first if streams else 0
+        out = result if streams else words_of(addresses[r], first, like)
+        target = addresses[r] + item_size(table[count + 1, CODE]) * first if streams else 0
         weight = np.float32(reals[r, 0, WEIGHT])
         if count > 1:
-            one_sum(cached, reals, r, result + 2 * SPAN, out, target)
+            one_sum(cached, reals, r, out, target)
         elif weight == np.float32(0) or weight == np.float32(1):
             one_copy(base if weight == np.float32(0) else x, out, target)
         elif weight < np.float32(0.5):
@@ -271,7 +282,7 @@ def strip_many(
 
 @compiled
 def can_hurry(table: Any, reals: Any) -> Any:
-    """Whether one of the loops of `bf16` does what is asked."""
+    """Whether one of the loops of `fused` does what is asked."""
     count = reals.shape[0]
     for k in range(count):
         if table[k, CHANGES]:
@@ -282,14 +293,14 @@ def can_hurry(table: Any, reals: Any) -> Any:
 
 
 @compiled
-def hurry(table: Any, reals: Any, first: Any, squares: Any) -> Any:
+def hurry(table: Any, reals: Any, first: Any, like: Any, squares: Any) -> Any:
     count = reals.shape[0]
-    x = words_of(table[0, ADDRESS], first)
-    out = words_of(table[count + 1, ADDRESS], first)
-    base = words_of(table[count, ADDRESS], first)
+    x = words_of(table[0, ADDRESS], first, like)
+    out = words_of(table[count + 1, ADDRESS], first, like)
+    base = words_of(table[count, ADDRESS], first, like)
     weight = np.float32(reals[0, WEIGHT])
     if count == 2:
-        y = words_of(table[1, ADDRESS], first)
+        y = words_of(table[1, ADDRESS], first, like)
         other = np.float32(reals[1, WEIGHT])
         if table[count, CODE] == ABSENT:
             return sum_of_two(x, y, weight, other, out)

@@ -1,6 +1,6 @@
 """Storage dtypes to work rows and back: widening is exact, narrowing rounds once, to nearest even.
 
-All of it in integer operations, so that no processor's conversion instructions (or their absence) matter.
+In integer operations, but for halves where the processor converts them exactly: it makes no difference to a bit.
 Every NaN is narrowed to the one positive quiet NaN without payload.
 """
 
@@ -14,7 +14,7 @@ from numba import carray
 from numba.core import types
 from numba.extending import overload
 
-from .compiled import compiled, pointer
+from .compiled import compiled, f16_of_f32, f32_of_f16, pointer, processor_has
 
 BF16, F16, F32, F64 = 0, 1, 2, 3
 CODES: dict[np.dtype[Any], int] = {
@@ -23,6 +23,8 @@ CODES: dict[np.dtype[Any], int] = {
     np.dtype(np.float32): F32,
     np.dtype(np.float64): F64,
 }
+
+CONVERTS_HALVES = processor_has("f16c", "fullfp16")  # x86, ARM
 
 u16, u32, f32, f64 = np.uint16, np.uint32, np.float32, np.float64
 _SMALLEST_NORMAL_HALF = f32(2.0**-14)
@@ -41,6 +43,13 @@ def bf16_to_f32(bits: Any) -> Any:
 
 @compiled
 def f16_to_f32(bits: Any) -> Any:
+    if CONVERTS_HALVES:
+        return f32_of_f16(u16(bits))
+    return f16_to_f32_by_integers(bits)
+
+
+@compiled
+def f16_to_f32_by_integers(bits: Any) -> Any:
     magnitude = u32(u32(bits & u16(0x7FFF)) << u32(13))
     normal = u32(magnitude + u32(112 << 23))
     special = u32(magnitude + u32(224 << 23))
@@ -86,6 +95,14 @@ def bits_to_bf16(bits: Any) -> Any:
 
 @compiled
 def bits_to_f16(bits: Any) -> Any:
+    """Right for every number, and for numpy's own NaN, which becomes the one that is stored."""
+    if CONVERTS_HALVES:
+        return f16_of_f32(u32(bits).view(np.float32))
+    return bits_to_f16_by_integers(bits)
+
+
+@compiled
+def bits_to_f16_by_integers(bits: Any) -> Any:
     magnitude = u32(bits & u32(0x7FFFFFFF))
     odd = u32(u32(magnitude >> u32(13)) & u32(1))
     normal = u32(u32(u32(magnitude - u32((112 << 23) - 0xFFF)) + odd) >> u32(13))
@@ -97,26 +114,43 @@ def bits_to_f16(bits: Any) -> Any:
     return u16(value | u32(u32(bits >> u32(16)) & u32(0x8000)))
 
 
+def widened(element: Any) -> Any:
+    """A stored element as the float it stands for. numba has no 16-bit floats: uint16 is bfloat16, int16 float16."""
+    raise NotImplementedError
+
+
+@overload(widened)  # type: ignore[untyped-decorator]
+def _widened(element: Any) -> Any:
+    def bf16(element: Any) -> Any:
+        return bf16_to_f32(element)
+
+    def f16(element: Any) -> Any:
+        return f16_to_f32(u16(element))
+
+    def same(element: Any) -> Any:
+        return element
+
+    return {types.uint16: bf16, types.int16: f16}.get(element, same)
+
+
 @compiled
 def widen(address: Any, code: Any, first: Any, row: Any) -> None:
     """row[i] = stored[first + i], exactly, for i < row.size."""
     n = row.size
     if code == BF16:
-        halves = carray(pointer(address + 2 * first), n, np.uint16)
-        for i in range(n):
-            row[i] = bf16_to_f32(halves[i])
+        unpack(carray(pointer(address + 2 * first), n, np.uint16), row)
     elif code == F16:
-        halves = carray(pointer(address + 2 * first), n, np.uint16)
-        for i in range(n):
-            row[i] = f16_to_f32(halves[i])
+        unpack(carray(pointer(address + 2 * first), n, np.int16), row)
     elif code == F32:
-        singles = carray(pointer(address + 4 * first), n, np.float32)
-        for i in range(n):
-            row[i] = singles[i]
+        unpack(carray(pointer(address + 4 * first), n, np.float32), row)
     else:
-        doubles = carray(pointer(address + 8 * first), n, np.float64)
-        for i in range(n):
-            row[i] = doubles[i]
+        unpack(carray(pointer(address + 8 * first), n, np.float64), row)
+
+
+@compiled
+def unpack(elements: Any, row: Any) -> None:
+    for i in range(row.size):
+        row[i] = widened(elements[i])
 
 
 @compiled

@@ -15,8 +15,9 @@ import numpy as np
 from ggez_kernels.sparsify import CHUNK, NAN_KEY, Sparsify
 
 from .compiled import compiled
+from .fused import WORDS
 from .philox import philox
-from .rounding import BF16, CODES, F64, count_nonfinite, widen
+from .rounding import CODES, F64, count_nonfinite, widen
 
 STRIP = 1024
 ADDRESS, CODE, THRESHOLD, LAST, LIMIT, SEED, CHANGES = range(7)
@@ -35,9 +36,9 @@ class Call:
     reals: Array
     size: int
     work: Any  # np.float32 or np.float64
-    paired: bool | None
-    """All bfloat16, and readable as 32-bit words, so that the loops of `bf16` apply. None in float64 work: numba then
-    leaves them out of what it compiles."""
+    like: Array | None
+    """An empty array of the words of `fused`, if its loops apply: all is stored in one dtype, and aligned. numba compiles
+    them for its type; None if they do not apply, and are left out."""
 
 
 def prepare(
@@ -74,8 +75,11 @@ def prepare(
             seed = how.seed - 2**64 if how.seed >= 2**63 else how.seed
             rows[k][THRESHOLD:] = [how.threshold, how.last, how.keep_limit, seed, 1]
             reals[k, RESCALE] = how.rescale
-    paired = codes <= {BF16, ABSENT} and all(row[ADDRESS] % 4 == 0 for row in rows)
-    return Call(np.array(rows, np.int64), reals, size, work, None if work is np.float64 else paired)
+    stored = codes - {ABSENT}
+    like = np.empty(0, WORDS[stored.pop()]) if len(stored) == 1 and work is np.float32 else None
+    if like is not None and any(row[ADDRESS] % like.itemsize for row in rows):
+        like = None
+    return Call(np.array(rows, np.int64), reals, size, work, like)
 
 
 def row_of(array: Array, size: int, name: str) -> list[int]:

@@ -10,7 +10,7 @@ from numba import carray
 from ggez_kernels.sparsify import Counting
 
 from .compiled import compiled, pointer
-from .rounding import BF16, bf16_to_f32, widen
+from .rounding import BF16, F16, F32, widen, widened
 from .strips import ADDRESS, CODE, STRIP, Array, magnitude_key, prepare, widen_delta
 
 TABLES = 4
@@ -59,17 +59,29 @@ def nth_tie(base: Array, model: Array, threshold: int, n: int) -> int:
 
 @compiled
 def fill_keys(table: Any, first: Any, n: Any, rows: Any, keys: Any) -> None:
-    if table[0, CODE] == BF16 and table[1, CODE] == BF16:  # the commonest case, without a way through memory
-        bits_model = carray(pointer(table[0, ADDRESS] + 2 * first), n, np.uint16)
-        bits_base = carray(pointer(table[1, ADDRESS] + 2 * first), n, np.uint16)
-        for i in range(n):
-            keys[i] = magnitude_key(bf16_to_f32(bits_model[i]) - bf16_to_f32(bits_base[i]))
+    model, start = table[0, ADDRESS], table[1, ADDRESS]
+    code = table[0, CODE] if table[0, CODE] == table[1, CODE] else -1
+    if code == BF16:  # those stored alike are the commonest, and need no way through memory
+        keys_of(model + 2 * first, start + 2 * first, np.uint16, keys[:n])
+        return
+    if code == F16:
+        keys_of(model + 2 * first, start + 2 * first, np.int16, keys[:n])
+        return
+    if code == F32:
+        keys_of(model + 4 * first, start + 4 * first, np.float32, keys[:n])
         return
     base, delta = rows[0, :n], rows[1, :n]
     widen(table[1, ADDRESS], table[1, CODE], first, base)
     widen_delta(table, 0, first, base, delta)
     for i in range(n):
         keys[i] = magnitude_key(delta[i])
+
+
+@compiled
+def keys_of(model: Any, base: Any, dtype: Any, keys: Any) -> None:
+    x, start = carray(pointer(model), keys.size, dtype), carray(pointer(base), keys.size, dtype)
+    for i in range(keys.size):
+        keys[i] = magnitude_key(widened(x[i]) - widened(start[i]))
 
 
 @compiled

@@ -10,10 +10,10 @@ import numpy as np
 from ggez_kernels.arguments import alone
 from ggez_kernels.sparsify import Sparsify, Stats
 
-from .bf16 import SPAN, ballot_of_two, words_of
 from .compiled import compiled
+from .fused import SPAN, ballot_of_two, words_of
 from .linear import add_to_base, collect, flush, linear, running_squares, subtract
-from .rounding import BF16, narrow, overflow_bits, widen
+from .rounding import narrow, overflow_bits, widen
 from .strips import (
     ADDRESS,
     ALL,
@@ -59,7 +59,7 @@ def vote(
         call.reals,
         call.size,
         start,
-        call.paired,
+        call.like,
         count,
         normalize,
         factor,
@@ -77,7 +77,7 @@ def _vote(
     reals: Any,
     size: Any,
     start: Any,
-    paired: Any,
+    like: Any,
     by_count: Any,
     normalize: Any,
     scale: Any,
@@ -93,11 +93,12 @@ def _vote(
         end = min(size, begin + SPAN)
         fast = False
         done = False
-        if paired is not None:
-            if paired and count == 2 and not by_count and end - begin == SPAN:
+        if like is not None:
+            if count == 2 and not by_count and end - begin == SPAN:
                 fast = can_hurry(table, start + begin, lowest)
             if fast:
-                done = hurry(table, reals, begin, lowest, normalize, scale, squares) < overflow_bits(BF16)
+                largest = hurry(table, reals, begin, like, lowest, normalize, scale, squares)
+                done = largest < overflow_bits(table[count + 1, CODE])
         if not done:
             # a span that is repeated has left its squares already: these go where nobody looks
             kept = squares[count:] if fast else squares[:count]
@@ -123,16 +124,16 @@ def can_hurry(table: Any, first: Any, lowest: Any) -> Any:
 
 
 @compiled
-def hurry(table: Any, reals: Any, first: Any, lowest: Any, normalize: Any, scale: Any, squares: Any) -> Any:
+def hurry(table: Any, reals: Any, first: Any, like: Any, lowest: Any, normalize: Any, scale: Any, squares: Any) -> Any:
     return ballot_of_two(
-        words_of(table[2, ADDRESS], first),
-        words_of(table[0, ADDRESS], first),
-        words_of(table[1, ADDRESS], first),
+        words_of(table[2, ADDRESS], first, like),
+        words_of(table[0, ADDRESS], first, like),
+        words_of(table[1, ADDRESS], first, like),
         lowest,
         reals,
         normalize,
         np.float32(scale),
-        words_of(table[3, ADDRESS], first),
+        words_of(table[3, ADDRESS], first, like),
         squares,
     )
 
