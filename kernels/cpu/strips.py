@@ -37,8 +37,8 @@ class Call:
     size: int
     work: Any  # np.float32 or np.float64
     like: Array | None
-    """An empty array of the words of `fused`, if its loops apply: all is stored in one dtype, and aligned. numba compiles
-    them for its type; None if they do not apply, and are left out."""
+    """An empty array of the words of `fused`, for whose type numba compiles its loops: they apply, as all is stored in
+    one dtype, and aligned. None if they do not, and are left out."""
 
 
 def prepare(
