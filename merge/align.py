@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from ggez_merge.checkpoint import Checkpoint
+from ggez_merge.components import component
 from ggez_merge.errors import Problem
 from ggez_merge.names import Match, Rule, match
 from ggez_merge.recipe import ModelReference
@@ -36,7 +37,7 @@ def align(layout: Checkpoint, checkpoints: Mapping[ModelReference, Checkpoint]) 
     renamings: dict[str, Renaming] = {}
     problems: dict[str, Problem] = {}
     for reference, checkpoint in checkpoints.items():
-        found = match(ours, {name: tensor.shape for name, tensor in checkpoint.tensors.items()})
+        found = match(ours, {name: tensor.shape for name, tensor in checkpoint.tensors.items()}, component)
         problems.update((problem.what, problem) for problem in _problems(layout, checkpoint, found))
         if any(rule.theirs != rule.ours for rule in found.rules):
             renamings[checkpoint.reference] = Renaming(checkpoint.reference, found.rules)

@@ -11,19 +11,23 @@ false one, such as a text layer taken for a vision layer, explains few. Nothing 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from ggez_merge.components import component
-
-Shapes = Mapping[str, tuple[int, ...]]
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
 """A checkpoint as this file sees it: name -> shape, in the checkpoint's order."""
 
 Words = tuple[str, ...]
 Numbers = tuple[str, ...]
 
-Patterns = Mapping[Words, Mapping[Numbers, tuple[int, ...]]]
+Prefixes = tuple[Words, Words]
+Patterns = Mapping[Words, Mapping[Numbers, Shape]]
 """A table folded: the words of a name, numbers as *, and by those numbers the shapes."""
+
+Part = Callable[[str], str]
+"""Which part of the model a name belongs to, where a second opinion is needed: `components.component`."""
 
 SURE = 3
 """This many patterns (`layers.*.mlp.up_proj.weight` is one) make a rule credible without a look at its words."""
@@ -31,17 +35,22 @@ SURE = 3
 
 @dataclass(frozen=True)
 class Rule:
-    """`theirs.X` is called `ours.X` for `n` tensors; an empty prefix is none, and * stands for a layer's number."""
+    """`theirs.X` is called `ours.X` for `n` tensors; an empty prefix is none, and * stands for a layer's number.
+
+    A rule of one pattern has the `whole` of it, with nothing to follow.
+    """
 
     theirs: str
     ours: str
     n: int
+    whole: bool = False
 
     def __str__(self) -> str:
         tensors = "tensor" if self.n == 1 else "tensors"
         if self.theirs == self.ours:
             return f"{self.n} {tensors} of the same name"
-        return f"{_starred(self.theirs)} ↔ {_starred(self.ours)}: {self.n} {tensors}"
+        rest = "" if self.whole else ".*"
+        return f"{(self.theirs + rest).lstrip('.')} ↔ {(self.ours + rest).lstrip('.')}: {self.n} {tensors}"
 
 
 @dataclass(frozen=True)
@@ -59,19 +68,18 @@ class Match:
     doubled: dict[str, list[str]] = field(default_factory=dict)
 
 
-def match(ours: Shapes, theirs: Shapes) -> Match:
+def match(ours: Shapes, theirs: Shapes, part: Part) -> Match:
     """Their names in our layout."""
     if all(name in ours for name in theirs) or all(name in theirs for name in ours):
         return Match({name: name for name in theirs})
-    search = _Search(_patterns(ours), _patterns(theirs))
+    search = _Search(_patterns(ours), _patterns(theirs), part)
     search.run(exact=True)
     search.run(exact=False)  # a vocabulary that was resized is a problem of its shape, not of its name
-    rules = [rule for prefixes in search.found for rule in search.rules(*prefixes)]
+    rules = search.rules()
     renamed: dict[str, str] = {}
     for name in theirs:
         words, numbers = _pattern(name)
-        target = search.taken.get(words)
-        renamed[name] = _filled(target, numbers) if target else _by_prefix(name, words, numbers, rules)
+        renamed[name] = _filled(search.taken.get(words) or _by_prefix(words, rules), numbers)
     doubles = {name for name, count in Counter(renamed.values()).items() if count > 1}
     doubled = {name: [own for own in theirs if renamed[own] == name] for name in doubles}
     return Match(renamed, tuple(rules), tuple(search.ambiguous), doubled)
@@ -88,89 +96,134 @@ def grouped(names: Iterable[str], most: int = 6) -> str:
     return ", ".join(said[:most]) + (f" and {len(said) - most} more groups" if len(said) > most else "")
 
 
+class _Pair(NamedTuple):
+    """A pattern of theirs that may be one of ours, and how many tensors that pairs."""
+
+    theirs: Words
+    ours: Words
+    n: int
+
+
 class _Search:
     """Takes the rule that explains most, then the one that explains most of what is left, and so on."""
 
-    def __init__(self, ours: Patterns, theirs: Patterns) -> None:
+    def __init__(self, ours: Patterns, theirs: Patterns, part: Part) -> None:
         self.ours = ours
         self.theirs = theirs
+        self.part = part
+        self.leads = _lead([words[:-1] for words in theirs]), _lead([words[:-1] for words in ours])
         self.taken: dict[Words, Words] = {}  # their pattern -> ours
         self.given: set[Words] = set()  # our patterns that are some pattern's already
-        self.found: dict[tuple[Words, Words], list[Words]] = {}  # rule -> their patterns
+        self.found: dict[Prefixes, list[_Pair]] = {}
         self.ambiguous: list[tuple[Rule, Rule]] = []
 
     def run(self, exact: bool) -> None:
         """Add rules until no credible one is left; `exact` asks for equal shapes, else for as many axes."""
         candidates = self._candidates(exact)
-        while not self.ambiguous:
-            scores: dict[tuple[Words, Words], tuple[int, int]] = {}
-            for rule, pairs in candidates.items():
-                open_pairs = [pair for pair in pairs if pair[0] not in self.taken and pair[1] not in self.given]
-                if open_pairs and self._credible(rule, open_pairs):
-                    scores[rule] = (sum(self._common(*pair) for pair in open_pairs), _shared(*rule))
-                candidates[rule] = open_pairs
+        while True:
+            candidates = {prefixes: self._open(pairs) for prefixes, pairs in candidates.items()}
+            scores = {
+                prefixes: (sum(pair.n for pair in pairs), _shared(*prefixes))
+                for prefixes, pairs in candidates.items()
+                if pairs and self._credible(prefixes, pairs)
+            }
             if not scores:
                 return
             best = max(scores, key=scores.__getitem__)
-            sides = [{pair[side] for pair in candidates[best]} for side in (0, 1)]
-            for rival, score in scores.items():
-                overlaps = any(pair[0] in sides[0] or pair[1] in sides[1] for pair in candidates[rival])
-                if rival != best and score == scores[best] and overlaps:
-                    both = (Rule(_text(theirs), _text(ours), scores[best][0]) for theirs, ours in (best, rival))
-                    self.ambiguous.append((next(both), next(both)))
-            if self.ambiguous:
+            rivals = [
+                prefixes
+                for prefixes, score in scores.items()
+                if prefixes != best and score == scores[best] and _overlap(candidates[prefixes], candidates[best])
+            ]
+            if rivals:
+                if exact:  # what has other shapes is refused anyhow
+                    self.ambiguous += [(_rule(best, candidates[best]), _rule(x, candidates[x])) for x in rivals]
                 return
-            for their_words, our_words in candidates[best]:
-                self.taken[their_words] = our_words
-                self.given.add(our_words)
-                self.found.setdefault(best, []).append(their_words)
+            for pair in candidates[best]:
+                self.taken[pair.theirs] = pair.ours
+                self.given.add(pair.ours)
+                self.found.setdefault(best, []).append(pair)
 
-    def rules(self, theirs: Words, ours: Words) -> Iterable[Rule]:
-        """The rule as people see it: with the words that all its tensors go on with, one for each part of the model
-        if others under the same prefix follow another rule."""
-        members = self.found[theirs, ours]
-        shared = any(words not in members and words[: len(theirs)] == theirs for words in self.taken)
-        parts: dict[Words, list[Words]] = {}
-        for words in members:
-            parts.setdefault(words[len(theirs) : len(theirs) + 1] if shared and theirs != ours else (), []).append(
-                words
-            )
-        for members in parts.values():
-            lead = _lead([words[len(theirs) : -1] for words in members])
-            n = sum(self._common(words, self.taken[words]) for words in members)
-            yield Rule(_text(theirs + lead), _text(ours + lead), n)
+    def rules(self) -> list[Rule]:
+        """The rules as people see them, in our order: one a subtree where others begin alike."""
+        said: list[tuple[int, Rule]] = []
+        order = {words: at for at, words in enumerate(self.ours)}
+        for prefixes, pairs in self.found.items():
+            depth = len(prefixes[0])
+            members = {pair.theirs for pair in pairs}
+            mixed = any(words[:depth] == prefixes[0] and words not in members for words in self.taken)
+            subtrees: dict[Words, list[_Pair]] = {}
+            for pair in pairs:
+                split = mixed and prefixes[0] != prefixes[1]
+                subtrees.setdefault(pair.theirs[depth : depth + 1] if split else (), []).append(pair)
+            for subtree in subtrees.values():
+                said.append((min(order[pair.ours] for pair in subtree), _rule(prefixes, subtree)))
+        return [rule for _, rule in sorted(said, key=lambda at_and_rule: at_and_rule[0])]
 
-    def _candidates(self, exact: bool) -> dict[tuple[Words, Words], list[tuple[Words, Words]]]:
+    def _open(self, pairs: Iterable[_Pair]) -> list[_Pair]:
+        return [pair for pair in pairs if pair.theirs not in self.taken and pair.ours not in self.given]
+
+    def _candidates(self, exact: bool) -> dict[Prefixes, list[_Pair]]:
         ending: dict[tuple[str, int], list[Words]] = {}
-        for words in self.ours:
-            if words not in self.given:
-                ending.setdefault((words[-1], words.count("*")), []).append(words)
-        found: dict[tuple[Words, Words], list[tuple[Words, Words]]] = {}
-        for their_words in self.theirs:
-            if their_words in self.taken:
+        for ours in self.ours:
+            if ours not in self.given:
+                ending.setdefault((ours[-1], ours.count("*")), []).append(ours)
+        found: dict[Prefixes, list[_Pair]] = {}
+        for theirs in self.theirs:
+            if theirs in self.taken:
                 continue
-            for our_words in ending.get((their_words[-1], their_words.count("*")), ()):
-                if self._agree(their_words, our_words, exact):
-                    rule = _difference(their_words, our_words)
-                    if _contained(*rule) or self._same_part(their_words, our_words):
-                        found.setdefault(rule, []).append((their_words, our_words))
+            for ours in ending.get((theirs[-1], theirs.count("*")), ()):
+                n = _agreeing(self.theirs[theirs], self.ours[ours], exact)
+                prefixes = _difference(theirs, ours)
+                if n and (self._contained(prefixes) or self._same_part(theirs, ours)):
+                    found.setdefault(prefixes, []).append(_Pair(theirs, ours, n))
         return found
 
-    def _agree(self, their_words: Words, our_words: Words, exact: bool) -> bool:
-        """Whether the layers that both have are of one shape, and there is one."""
-        theirs, ours = self.theirs[their_words], self.ours[our_words]
-        common = [(shape, ours[numbers]) for numbers, shape in theirs.items() if numbers in ours]
-        return bool(common) and all(a == b if exact else len(a) == len(b) for a, b in common)
-
-    def _common(self, their_words: Words, our_words: Words) -> int:
-        return len(self.theirs[their_words].keys() & self.ours[our_words].keys())
-
-    def _same_part(self, their_words: Words, our_words: Words) -> bool:
-        return component(_text(their_words).replace("*", "0")) == component(_text(our_words).replace("*", "0"))
-
-    def _credible(self, rule: tuple[Words, Words], pairs: list[tuple[Words, Words]]) -> bool:
+    def _credible(self, prefixes: Prefixes, pairs: list[_Pair]) -> bool:
         """A rule of few patterns must only add or drop words, and leave each tensor in its part of the model."""
-        return len(pairs) >= SURE or (_contained(*rule) and all(self._same_part(*pair) for pair in pairs))
+        return len(pairs) >= SURE or (
+            self._contained(prefixes) and all(self._same_part(pair.theirs, pair.ours) for pair in pairs)
+        )
+
+    def _contained(self, prefixes: Prefixes) -> bool:
+        """Whether one prefix only adds words to the other or puts them in another order, wrappers aside."""
+        theirs, ours = self._unwrapped(prefixes)
+        return _shared(theirs, ours) == min(len(theirs), len(ours))
+
+    def _same_part(self, theirs: Words, ours: Words) -> bool:
+        return any(
+            self.part(".".join(one).replace("*", "0")) == self.part(".".join(other).replace("*", "0"))
+            for one, other in ((theirs, ours), self._unwrapped((theirs, ours)))
+        )
+
+    def _unwrapped(self, both: Prefixes) -> Prefixes:
+        """Without what all names of a table begin with, which tells nothing about any of them."""
+        theirs, ours = (
+            words[len(lead) :] if words[: len(lead)] == lead else words
+            for words, lead in zip(both, self.leads, strict=True)
+        )
+        return theirs, ours
+
+
+def _rule(prefixes: Prefixes, pairs: list[_Pair]) -> Rule:
+    """With the words that all its tensors go on with, up to a number."""
+    theirs, ours = prefixes
+    whole = len(pairs) == 1 and theirs != ours
+    lead = _lead([pair.theirs[len(theirs) : None if whole else -1] for pair in pairs])
+    if not whole and "*" in lead:
+        lead = lead[: lead.index("*")]
+    return Rule(".".join(theirs + lead), ".".join(ours + lead), sum(pair.n for pair in pairs), whole)
+
+
+def _overlap(pairs: list[_Pair], others: list[_Pair]) -> bool:
+    theirs, ours = {pair.theirs for pair in others}, {pair.ours for pair in others}
+    return any(pair.theirs in theirs or pair.ours in ours for pair in pairs)
+
+
+def _agreeing(theirs: Mapping[Numbers, Shape], ours: Mapping[Numbers, Shape], exact: bool) -> int:
+    """How many layers both have, if every one of them has the same shape in both; else 0."""
+    common = [(shape, ours[numbers]) for numbers, shape in theirs.items() if numbers in ours]
+    return len(common) if all(a == b if exact else len(a) == len(b) for a, b in common) else 0
 
 
 def _pattern(name: str) -> tuple[Words, Numbers]:
@@ -184,14 +237,14 @@ def _pattern(name: str) -> tuple[Words, Numbers]:
 
 
 def _patterns(shapes: Shapes) -> Patterns:
-    found: dict[Words, dict[Numbers, tuple[int, ...]]] = {}
+    found: dict[Words, dict[Numbers, Shape]] = {}
     for name, shape in shapes.items():
         words, numbers = _pattern(name)
         found.setdefault(words, {})[numbers] = shape
     return found
 
 
-def _difference(theirs: Words, ours: Words) -> tuple[Words, Words]:
+def _difference(theirs: Words, ours: Words) -> Prefixes:
     """What is left of both when the longest common end is cut off."""
     n = 0
     while n < min(len(theirs), len(ours)) and theirs[-1 - n] == ours[-1 - n]:
@@ -200,30 +253,24 @@ def _difference(theirs: Words, ours: Words) -> tuple[Words, Words]:
 
 
 def _shared(theirs: Words, ours: Words) -> int:
-    return (Counter(theirs) & Counter(ours)).total()
-
-
-def _contained(theirs: Words, ours: Words) -> bool:
-    """Whether one prefix only adds words to the other, or puts them in another order."""
-    return _shared(theirs, ours) == min(len(theirs), len(ours))
+    return sum((Counter(theirs) & Counter(ours)).values())
 
 
 def _lead(suffixes: list[Words]) -> Words:
     """The words that all begin with."""
-    first, last = min(suffixes), max(suffixes)
+    first, last = min(suffixes, default=()), max(suffixes, default=())
     n = 0
     while n < min(len(first), len(last)) and first[n] == last[n]:
         n += 1
     return first[:n]
 
 
-def _by_prefix(name: str, words: Words, numbers: Numbers, rules: list[Rule]) -> str:
-    """The name by the most specific rule whose prefix it has, for a tensor that only they have."""
-    fitting = [rule for rule in rules if rule.theirs and words[: rule.theirs.count(".") + 1] == _words(rule.theirs)]
-    if not fitting:
-        return name
-    rule = max(fitting, key=lambda rule: rule.theirs.count("."))
-    return _filled(_words(rule.ours) + words[len(_words(rule.theirs)) :], numbers)
+def _by_prefix(words: Words, rules: Iterable[Rule]) -> Words:
+    """The pattern by the most specific rule whose prefix it has, for a tensor that only they have."""
+    prefixes = [(_words(rule.theirs), _words(rule.ours)) for rule in rules if rule.theirs and not rule.whole]
+    fitting = [(theirs, ours) for theirs, ours in prefixes if words[: len(theirs)] == theirs]
+    theirs, ours = max(fitting, key=lambda prefixes: len(prefixes[0]), default=((), ()))
+    return ours + words[len(theirs) :]
 
 
 def _filled(words: Words, numbers: Numbers) -> str:
@@ -234,11 +281,3 @@ def _filled(words: Words, numbers: Numbers) -> str:
 
 def _words(text: str) -> Words:
     return tuple(text.split(".")) if text else ()
-
-
-def _text(words: Words) -> str:
-    return ".".join(words)
-
-
-def _starred(prefix: str) -> str:
-    return f"{prefix}.*" if prefix else "*"
