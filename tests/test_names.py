@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from merging import INTERPOLATE, merged, models, plan_of, refusals
-from models import LAYOUTS
+from merging import INTERPOLATE, merged, models, plan_of, refusals, tensors
+from models import LAYOUTS, randomised, read_weights
+from safetensors.torch import save_file
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -95,12 +97,17 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize(("family", "prefix"), [(family, prefix) for family in PARTS for prefix in PARTS[family]])
+ALONE = [
+    (family, prefix, wrapper)
+    for family in PARTS
+    for prefix in PARTS[family]
+    for wrapper in ("", "model.", *(["vision_model."] if component(f"{prefix}x.weight") == "vision tower" else []))
+]
+
+
+@pytest.mark.parametrize(("family", "prefix", "wrapper"), ALONE)
 @pytest.mark.parametrize("base", ["memory", "hub"])
-@pytest.mark.parametrize("wrapper", ["", "model.", "vision_model."])
 def test_a_part_that_was_saved_alone_finds_its_place(family: str, prefix: str, base: str, wrapper: str) -> None:
-    if wrapper == "vision_model." and component(prefix + "x.weight") != "vision tower":
-        pytest.skip("no such checkpoint")
     shapes, names = layouts(family)
     ours = {names[base][name]: shape for name, shape in shapes.items()}
     part = {name: wrapper + name.removeprefix(prefix) for name in shapes if name.startswith(prefix)}
@@ -208,7 +215,7 @@ def test_a_table_is_itself(table: Shapes) -> None:
     assert found(table, table) == Match({name: name for name in table})
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)  # the first example of a family builds it
 @given(data=st.data(), prefix=st.sampled_from(["module", "_orig_mod", "model", "a.b", "x"]))
 def test_a_wrapper_around_everything_comes_off(data: Any, prefix: str) -> None:
     family = data.draw(st.sampled_from(PREFIX_ONLY))
@@ -217,6 +224,41 @@ def test_a_wrapper_around_everything_comes_off(data: Any, prefix: str) -> None:
     wrapped = {f"{prefix}.{name}": shapes[name] for name in order}
     assert found(shapes, wrapped).canonical == {f"{prefix}.{name}": name for name in order}
     assert found(wrapped, shapes).canonical == {name: f"{prefix}.{name}" for name in shapes}
+
+
+# --- real models, merged ---------------------------------------------------------------------------------------------
+
+
+def save_as(model: tf.PreTrainedModel, folder: Path, layout: str) -> Path:
+    """The model under the hub's names, as transformers saves it, or under those that it has in memory."""
+    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
+    model.save_pretrained(folder)
+    if layout == "memory":
+        kept = read_weights(folder)
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        tied = set(getattr(model, "all_tied_weights_keys", None) or {}) if len(kept) < len(state) else set()
+        save_file({n: t for n, t in state.items() if n not in tied}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("family", PREFIX_ONLY)
+@pytest.mark.parametrize(("base", "tuned"), [("hub", "memory"), ("memory", "hub")])
+def test_models_of_two_layouts_merge_and_load_completely(family: str, base: str, tuned: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    one = randomised(LAYOUTS[family](), seed=0)
+    before = {name: tensor.clone() for name, tensor in one.state_dict().items()}
+    save_as(one, tmp_path / "base", base)
+    two = randomised(one, seed=1)
+    after = {name: tensor.clone() for name, tensor in two.state_dict().items()}
+    save_as(two, tmp_path / "one", tuned)
+    merged(tmp_path, INTERPOLATE)
+    assert tensors(tmp_path / "out").keys() == tensors(tmp_path / "base").keys()
+    model, info = type(one).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert {key: what for key, what in info.items() if what} == {}
+    for name, value in model.state_dict().items():
+        expected = (0.7 * before[name].double() + 0.3 * after[name].double()).to(value.dtype)
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-7, msg=name)
+        assert not value.is_floating_point() or not torch.equal(value, before[name]), name
 
 
 # --- in a merge ------------------------------------------------------------------------------------------------------
