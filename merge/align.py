@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from ggez_merge.checkpoint import Checkpoint
 from ggez_merge.components import component
 from ggez_merge.errors import Problem
+from ggez_merge.fused import refit
 from ggez_merge.names import Match, Rule, match
 from ggez_merge.recipe import ModelReference
 from ggez_merge.untrusted import printable
@@ -39,10 +40,12 @@ def align(layout: Checkpoint, checkpoints: Mapping[ModelReference, Checkpoint]) 
     for reference, checkpoint in checkpoints.items():
         found = match(ours, {name: tensor.shape for name, tensor in checkpoint.tensors.items()}, component)
         problems.update((problem.what, problem) for problem in _problems(layout, checkpoint, found))
-        if any(rule.theirs != rule.ours for rule in found.rules):
-            renamings[checkpoint.reference] = Renaming(checkpoint.reference, found.rules)
         tensors = {found.canonical[name]: tensor for name, tensor in checkpoint.tensors.items()}
-        renamed[reference] = replace(checkpoint, tensors=tensors)
+        refitted = refit(layout.tensors, tensors)
+        rules = found.rules + refitted.rules
+        if any(rule.theirs != rule.ours for rule in rules):
+            renamings[checkpoint.reference] = Renaming(checkpoint.reference, rules)
+        renamed[reference] = replace(checkpoint, tensors=refitted.tensors)
     return Aligned(renamed, tuple(renamings.values()), tuple(problems.values()))
 
 

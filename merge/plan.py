@@ -99,7 +99,7 @@ class Plan:
                     output.entry.name,
                     output.entry.dtype,
                     output.action,
-                    [[str(tensor.file), tensor.offset] for tensor in output.inputs],
+                    [[str(at.file), at.offset] for tensor in output.inputs for at in tensor.extents],
                     [dict(output.job.shared), [dict(model) for model in output.job.models]] if output.job else None,
                 ]
                 for output in self.outputs
