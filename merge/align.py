@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from ggez_merge.checkpoint import Checkpoint
+from ggez_merge.checkpoint import Checkpoint, Tensor
 from ggez_merge.components import component
+from ggez_merge.conversions import Conversions, conversions
 from ggez_merge.errors import Problem
-from ggez_merge.fused import refit
+from ggez_merge.fused import folded, refit
 from ggez_merge.names import Match, Rule, match
 from ggez_merge.recipe import ModelReference
 from ggez_merge.untrusted import printable
@@ -41,11 +43,15 @@ def align(layout: Checkpoint, checkpoints: Mapping[ModelReference, Checkpoint]) 
         found = match(ours, {name: tensor.shape for name, tensor in checkpoint.tensors.items()}, component)
         problems.update((problem.what, problem) for problem in _problems(layout, checkpoint, found))
         tensors = {found.canonical[name]: tensor for name, tensor in checkpoint.tensors.items()}
-        refitted = refit(layout.tensors, tensors)
-        rules = found.rules + refitted.rules
+        rules = found.rules
+        if tensors.keys() - ours.keys() and ours.keys() - tensors.keys():
+            known = conversions(layout.config)
+            tensors, more = _by_transformers(layout.tensors, tensors, known)
+            refitted = refit(layout.tensors, tensors, known)
+            tensors, rules = refitted.tensors, (*rules, *more, *refitted.rules)
         if any(rule.theirs != rule.ours for rule in rules):
             renamings[checkpoint.reference] = Renaming(checkpoint.reference, rules)
-        renamed[reference] = replace(checkpoint, tensors=refitted.tensors)
+        renamed[reference] = replace(checkpoint, tensors=tensors)
     return Aligned(renamed, tuple(renamings.values()), tuple(problems.values()))
 
 
@@ -64,3 +70,18 @@ def _problems(layout: Checkpoint, checkpoint: Checkpoint, found: Match) -> Itera
             found=printable(", ".join(own)),
             remedy="remove what does not belong to the model",
         )
+
+
+def _by_transformers(
+    ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], known: Conversions
+) -> tuple[dict[str, Tensor], tuple[Rule, ...]]:
+    """Their tensors, those that nothing led to under our name wherever transformers has one name for both."""
+    open_ours = {known.renamed(name): name for name in ours if name not in theirs}
+    renamed: dict[str, Tensor] = {}
+    counted: Counter[tuple[str, str]] = Counter()
+    for name, tensor in theirs.items():
+        ours_name = name if name in ours else open_ours.pop(known.renamed(name), name)
+        renamed[ours_name] = tensor
+        if ours_name != name:
+            counted[folded([name]), folded([ours_name])] += 1
+    return renamed, tuple(Rule(a, b, n, whole=True) for (a, b), n in counted.items())

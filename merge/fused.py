@@ -10,10 +10,11 @@ as it is high) cannot be told from its shape, and is left as it is.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ggez_merge.checkpoint import Tensor
+from ggez_merge.conversions import NOTHING, Conversions
 from ggez_merge.names import Rule
 
 Split = dict[str, dict[str, dict[int, Tensor]]]  # "layers.0.mlp.experts" -> "gate_proj.weight" -> number -> tensor
@@ -27,34 +28,43 @@ class Refitted:
     rules: tuple[Rule, ...]
 
 
-def refit(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Refitted:
-    """Bring their experts to our form, where only that is different. Names are ours already."""
-    only_ours = {name: tensor for name, tensor in ours.items() if name not in theirs}
-    only_theirs = {name: tensor for name, tensor in theirs.items() if name not in ours}
+def refit(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], known: Conversions = NOTHING) -> Refitted:
+    """Bring their experts to our form, where only that is different. Names are ours already, as far as they go."""
+    only_ours = {known.renamed(name): name for name in ours if name not in theirs}
+    only_theirs = {known.renamed(name): name for name in theirs if name not in ours}
     tensors = dict(theirs)
     counted: Counter[tuple[str, str]] = Counter()
-    for fused, pieces in _matches(only_theirs, only_ours):
-        large = tensors.pop(fused)
+    for fused, pieces in _matches(_of(theirs, only_theirs), _of(ours, only_ours), known.fused):
+        large = tensors.pop(only_theirs[fused])
         at = large.offset
         for name, piece in pieces.items():
             n_bytes = large.nbytes // large.numel * piece.numel if large.numel else 0
-            tensors[name] = replace(large, shape=piece.shape, offset=at, nbytes=n_bytes)
+            tensors[only_ours[name]] = replace(large, shape=piece.shape, offset=at, nbytes=n_bytes)
             at += n_bytes
-        counted[_folded([fused]), _folded(pieces)] += len(pieces)
-    for fused, pieces in _matches(only_ours, only_theirs):
+        counted[folded([only_theirs[fused]]), folded(only_ours[name] for name in pieces)] += len(pieces)
+    for fused, pieces in _matches(_of(ours, only_ours), _of(theirs, only_theirs), known.fused):
         if len({piece.dtype for piece in pieces.values()}) > 1:
             continue
         for name in pieces:
-            del tensors[name]
-        first = next(iter(pieces.values()))
+            del tensors[only_theirs[name]]
         n_bytes = sum(piece.nbytes for piece in pieces.values())
-        shape = only_ours[fused].shape
-        tensors[fused] = replace(first, shape=shape, nbytes=n_bytes, parts=tuple(pieces.values()))
-        counted[_folded(pieces), _folded([fused])] += len(pieces)
+        tensors[only_ours[fused]] = replace(
+            next(iter(pieces.values())),
+            shape=ours[only_ours[fused]].shape,
+            nbytes=n_bytes,
+            parts=tuple(pieces.values()),
+        )
+        counted[folded(only_theirs[name] for name in pieces), folded([only_ours[fused]])] += len(pieces)
     return Refitted(tensors, tuple(Rule(a, b, n, whole=True) for (a, b), n in counted.items()))
 
 
-def _matches(large: Mapping[str, Tensor], small: Mapping[str, Tensor]) -> Iterable[tuple[str, dict[str, Tensor]]]:
+def _of(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    return {known: tensors[name] for known, name in names.items()}
+
+
+def _matches(
+    large: Mapping[str, Tensor], small: Mapping[str, Tensor], fused: Mapping[str, Sequence[str]]
+) -> Iterable[tuple[str, dict[str, Tensor]]]:
     """Each of the large tensors that small ones make up, with these in the order of their bytes."""
     split: Split = {}
     for name, tensor in small.items():
@@ -64,14 +74,13 @@ def _matches(large: Mapping[str, Tensor], small: Mapping[str, Tensor]) -> Iterab
     names = {id(tensor): name for name, tensor in small.items()}
     for name, tensor in large.items():
         parent, _, leaf = name.rpartition(".")
-        stems = _stems(leaf, split.get(parent, {}))
-        columns = [split[parent][stem] for stem in stems]
+        columns = [split[parent][stem] for stem in _stems(leaf, split.get(parent, {}), fused.get(leaf, ()))]
         if columns and _fit(tensor, columns):
             yield name, {names[id(column[e])]: column[e] for e in range(tensor.shape[0]) for column in columns}
 
 
-def _stems(leaf: str, stems: Iterable[str]) -> list[str]:
-    """`gate_up_proj` -> gate_proj.weight, up_proj.weight; `down_proj` -> down_proj.weight; else nothing."""
+def _stems(leaf: str, stems: Iterable[str], order: Sequence[str]) -> list[str]:
+    """`gate_up_proj` -> gate_proj.weight, up_proj.weight; else in a known order; for anything else nothing."""
     known = {stem.removesuffix(".weight"): stem for stem in stems if stem.endswith(".weight")}
     if leaf in known:
         return [known[leaf]]
@@ -80,7 +89,7 @@ def _stems(leaf: str, stems: Iterable[str]) -> list[str]:
         for second in known:
             if word and second.endswith(f"_{kind}") and f"{word}_{second}" == leaf:
                 return [stem, known[second]]
-    return []
+    return [known[word] for word in order] if all(word in known for word in order) else []
 
 
 def _fit(large: Tensor, columns: list[dict[int, Tensor]]) -> bool:
@@ -97,7 +106,7 @@ def _fit(large: Tensor, columns: list[dict[int, Tensor]]) -> bool:
     return all(shape[1] == width for shape in matrices) and sum(shape[0] for shape in matrices) == rows
 
 
-def _folded(names: Iterable[str]) -> str:
+def folded(names: Iterable[str]) -> str:
     """One pattern for them all: numbers as *, and where they differ otherwise, what they have."""
     patterns = [["*" if word.isdecimal() else word for word in name.split(".")] for name in names]
     columns = [list(dict.fromkeys(column)) for column in zip(*patterns, strict=True)]
