@@ -40,7 +40,7 @@ def align(layout: Checkpoint, checkpoints: Mapping[ModelReference, Checkpoint]) 
     renamings: dict[str, Renaming] = {}
     problems: dict[str, Problem] = {}
     for reference, checkpoint in checkpoints.items():
-        found = match(ours, {name: tensor.shape for name, tensor in checkpoint.tensors.items()}, component)
+        found = match(ours, {name: tensor.shape for name, tensor in checkpoint.tensors.items()}, part)
         problems.update((problem.what, problem) for problem in _problems(layout, checkpoint, found))
         tensors = {found.canonical[name]: tensor for name, tensor in checkpoint.tensors.items()}
         rules = found.rules
@@ -53,6 +53,12 @@ def align(layout: Checkpoint, checkpoints: Mapping[ModelReference, Checkpoint]) 
             renamings[checkpoint.reference] = Renaming(checkpoint.reference, rules)
         renamed[reference] = replace(checkpoint, tensors=tensors)
     return Aligned(renamed, tuple(renamings.values()), tuple(problems.values()))
+
+
+def part(name: str) -> str | None:
+    """The component, where its words say it: any stack of layers may be of any model."""
+    found = component(name)
+    return None if found in ("language model", "encoder", "decoder", "embeddings", "other") else found
 
 
 def _problems(layout: Checkpoint, checkpoint: Checkpoint, found: Match) -> Iterable[Problem]:

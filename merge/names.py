@@ -26,8 +26,8 @@ Prefixes = tuple[Words, Words]
 Patterns = Mapping[Words, Mapping[Numbers, Shape]]
 """A table folded: the words of a name, numbers as *, and by those numbers the shapes."""
 
-Part = Callable[[str], str]
-"""Which part of the model a name belongs to, where a second opinion is needed: `components.component`."""
+Part = Callable[[str], str | None]
+"""A second opinion: which part of the model a name surely belongs to, None if the name alone does not tell."""
 
 SURE = 3
 """This many patterns (`layers.*.mlp.up_proj.weight` is one) make a rule credible without a look at its words."""
@@ -111,7 +111,7 @@ class _Search:
         self.ours = ours
         self.theirs = theirs
         self.part = part
-        self.leads = _lead([words[:-1] for words in theirs]), _lead([words[:-1] for words in ours])
+        self.wrappers = _wrapper(theirs, ours), _wrapper(ours, theirs)
         self.taken: dict[Words, Words] = {}  # their pattern -> ours
         self.given: set[Words] = set()  # our patterns that are some pattern's already
         self.found: dict[Prefixes, list[_Pair]] = {}
@@ -175,34 +175,42 @@ class _Search:
             for ours in ending.get((theirs[-1], theirs.count("*")), ()):
                 n = _agreeing(self.theirs[theirs], self.ours[ours], exact)
                 prefixes = _difference(theirs, ours)
-                if n and (self._contained(prefixes) or self._same_part(theirs, ours)):
+                if n and self._possible(theirs, ours, prefixes):
                     found.setdefault(prefixes, []).append(_Pair(theirs, ours, n))
         return found
 
-    def _credible(self, prefixes: Prefixes, pairs: list[_Pair]) -> bool:
-        """A rule of few patterns must only add or drop words, and leave each tensor in its part of the model."""
-        return len(pairs) >= SURE or (
-            self._contained(prefixes) and all(self._same_part(pair.theirs, pair.ours) for pair in pairs)
+    def _possible(self, theirs: Words, ours: Words, prefixes: Prefixes) -> bool:
+        """One prefix only adds words to the other, or both names tell of the same part of the model."""
+        return _contained(*prefixes) or (
+            self._same_part(theirs, ours)
+            and (_contained(*self._unwrapped(prefixes)) or self.part(_plain(ours)) is not None)
         )
 
-    def _contained(self, prefixes: Prefixes) -> bool:
-        """Whether one prefix only adds words to the other or puts them in another order, wrappers aside."""
-        theirs, ours = self._unwrapped(prefixes)
-        return _shared(theirs, ours) == min(len(theirs), len(ours))
+    def _credible(self, prefixes: Prefixes, pairs: list[_Pair]) -> bool:
+        """A rule of few patterns must only add or drop words, wrappers aside, and leave each tensor in its part."""
+        return len(pairs) >= SURE or (
+            _contained(*self._unwrapped(prefixes)) and all(self._same_part(pair.theirs, pair.ours) for pair in pairs)
+        )
 
     def _same_part(self, theirs: Words, ours: Words) -> bool:
-        return any(
-            self.part(".".join(one).replace("*", "0")) == self.part(".".join(other).replace("*", "0"))
-            for one, other in ((theirs, ours), self._unwrapped((theirs, ours)))
-        )
+        return self.part(_plain(theirs)) == self.part(_plain(ours))
 
-    def _unwrapped(self, both: Prefixes) -> Prefixes:
-        """Without what all names of a table begin with, which tells nothing about any of them."""
+    def _unwrapped(self, prefixes: Prefixes) -> Prefixes:
+        """Without the words that a wrapper around everything put there."""
         theirs, ours = (
             words[len(lead) :] if words[: len(lead)] == lead else words
-            for words, lead in zip(both, self.leads, strict=True)
+            for words, lead in zip(prefixes, self.wrappers, strict=True)
         )
         return theirs, ours
+
+
+def _plain(words: Words) -> str:
+    return ".".join("0" if word == "*" else word for word in words)
+
+
+def _contained(theirs: Words, ours: Words) -> bool:
+    """Whether one prefix only adds words to the other, or puts them in another order."""
+    return _shared(theirs, ours) == min(len(theirs), len(ours))
 
 
 def _rule(prefixes: Prefixes, pairs: list[_Pair]) -> Rule:
@@ -256,9 +264,16 @@ def _shared(theirs: Words, ours: Words) -> int:
     return sum((Counter(theirs) & Counter(ours)).values())
 
 
+def _wrapper(patterns: Patterns, others: Patterns) -> Words:
+    """The first words of all names, as far as the other table never says them."""
+    lead = _lead([words[:-1] for words in patterns]) if len(patterns) >= SURE else ()
+    said = {word for words in others for word in words}
+    return lead[: next((at for at, word in enumerate(lead) if word in said), len(lead))]
+
+
 def _lead(suffixes: list[Words]) -> Words:
     """The words that all begin with."""
-    first, last = min(suffixes, default=()), max(suffixes, default=())
+    first, last = min(suffixes), max(suffixes)
     n = 0
     while n < min(len(first), len(last)) and first[n] == last[n]:
         n += 1

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
+from ggez_merge.align import part
 from ggez_merge.components import component
 from ggez_merge.names import Match, grouped, match
 
@@ -30,7 +31,7 @@ PREFIX_ONLY = [name for name in LAYOUTS if name not in ("qwen2_moe", "mixtral")]
 
 
 def found(ours: Shapes, theirs: Shapes) -> Match:
-    return match(ours, theirs, component)
+    return match(ours, theirs, part)
 
 
 @cache
@@ -101,7 +102,7 @@ ALONE = [
     (family, prefix, wrapper)
     for family in PARTS
     for prefix in PARTS[family]
-    for wrapper in ("", "model.", *(["vision_model."] if component(f"{prefix}x.weight") == "vision tower" else []))
+    for wrapper in ("", {"vision tower": "vision_model.", "language model": "model."}.get(component(f"{prefix}x"), ""))
 ]
 
 
@@ -224,6 +225,26 @@ def test_a_wrapper_around_everything_comes_off(data: Any, prefix: str) -> None:
     wrapped = {f"{prefix}.{name}": shapes[name] for name in order}
     assert found(shapes, wrapped).canonical == {f"{prefix}.{name}": name for name in order}
     assert found(wrapped, shapes).canonical == {name: f"{prefix}.{name}" for name in shapes}
+
+
+def without(names: list[str], data: Any) -> list[str]:
+    """Names without a few subtrees, small or large."""
+    for _ in range(data.draw(st.integers(0, 3))):
+        depth = data.draw(st.integers(1, 5))
+        cut = data.draw(st.sampled_from(sorted({tuple(name.split(".")[:depth]) for name in names})))
+        names = [name for name in names if tuple(name.split(".")[:depth]) != cut] or names
+    return names
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), family=st.sampled_from(PREFIX_ONLY), kinds=st.tuples(*[st.sampled_from(KINDS)] * 2))
+def test_where_parts_are_missing_no_tensor_is_taken_for_another(data: Any, family: str, kinds: tuple[str, str]) -> None:
+    shapes, names = layouts(family)
+    ours, theirs = ({names[kind][name]: name for name in without(list(shapes), data)} for kind in kinds)
+    answer = found(*({own: shapes[name] for own, name in side.items()} for side in (ours, theirs)))
+    if not answer.ambiguous and not answer.doubled:
+        for own, target in answer.canonical.items():
+            assert target not in ours or ours[target] == theirs[own]
 
 
 # --- real models, merged ---------------------------------------------------------------------------------------------
