@@ -10,7 +10,7 @@ from ggez_merge.checkpoint import Checkpoint, Tensor
 from ggez_merge.components import component
 from ggez_merge.conversions import Conversions, conversions
 from ggez_merge.errors import Problem
-from ggez_merge.fused import folded, refit
+from ggez_merge.experts import folded, refit
 from ggez_merge.names import Match, Rule, match
 from ggez_merge.recipe import ModelReference
 from ggez_merge.untrusted import printable
