@@ -8,7 +8,7 @@ from ggez_merge.backend import Device
 from ggez_merge.carry import carried_files
 from ggez_merge.plan import Plan, free_bytes
 from ggez_merge.run import HASH_BUFFER_BYTES, Sizing
-from ggez_merge.summary import groups
+from ggez_merge.summary import groups, renamings
 from ggez_merge.units import readable_bytes
 
 PROGRAM_BYTES = 150_000_000  # Python, numpy and the compiled kernels, as measured; buffers come on top
@@ -30,6 +30,7 @@ def describe(plan: Plan, device: Device, size: Sizing, copy_code: bool) -> dict[
             }
             for checkpoint in plan.checkpoints
         ],
+        "names": renamings(plan),
         "groups": [
             {
                 "component": group.component,
@@ -79,6 +80,10 @@ def show(said: dict[str, Any]) -> None:
             str(entry["shards"]),
         )
     console.print(inputs)
+    for renaming in said["names"]:
+        console.print(Text(f"names of {renaming['input']} in the base's layout:"), soft_wrap=True)
+        for rule in renaming["rules"]:
+            console.print(Text(f"    {rule['said']}"), soft_wrap=True)
     table = Table("component", "reached by", "parameters", "tensors", "elements", "size", box=box.SIMPLE_HEAD)
     for group in said["groups"]:
         table.add_row(

@@ -56,7 +56,10 @@ _WRITE_AGAIN = "write the file again with the safetensors library"
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One tensor in a file, row-major and little-endian; `offset` is in bytes from the start of the file."""
+    """One tensor in a file, row-major and little-endian; `offset` is in bytes from the start of the file.
+
+    A tensor that was put together from others has them as its `parts`, whose bytes follow each other.
+    """
 
     name: str
     dtype: str
@@ -64,11 +67,17 @@ class Tensor:
     file: Path
     offset: int
     nbytes: int
+    parts: tuple[Tensor, ...] = ()
 
     @property
     def numel(self) -> int:
         """Number of elements; 1 for a 0-d tensor."""
         return _numel(self.shape)
+
+    @property
+    def extents(self) -> tuple[Tensor, ...]:
+        """Where its bytes lie: in one place, unless it has parts."""
+        return self.parts or (self,)
 
 
 @dataclass(frozen=True)

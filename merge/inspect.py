@@ -95,7 +95,15 @@ def as_json(summary: Summary, tensors: bool = False) -> dict[str, Any]:
     """The summary as JSON values; with `tensors`, every tensor with dtype, shape, bytes and file."""
     table = asdict(summary)
     table["tensors"] = [
-        {**asdict(tensor), "file": tensor.file.name, "shape": list(tensor.shape)} for tensor in summary.tensors
+        {
+            "name": tensor.name,
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "file": tensor.file.name,
+            "offset": tensor.offset,
+            "nbytes": tensor.nbytes,
+        }
+        for tensor in summary.tensors
     ]
     if not tensors:
         del table["tensors"]

@@ -1,7 +1,8 @@
 """Which tensors the merged checkpoint has, and what goes into each of them.
 
-The base (or, without one, the first model) gives the layout: names, their order, the config. Every other input must
-have the same tensors with the same shapes; whatever differs is refused, or copied where the recipe says so.
+The base (or, without one, the first model) gives the layout: names, their order, the config. Every other input is
+brought to its names, and must then have the same tensors with the same shapes; whatever differs is refused, or copied
+where the recipe says so.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+from ggez_merge.align import Renaming, align
 from ggez_merge.checkpoint import FLOATS, ITEM_BITS, SCALED, Checkpoint, Tensor
 from ggez_merge.components import component, layer, rename_layer
 from ggez_merge.depth import layer_counts, restate_depth
 from ggez_merge.errors import Problem
 from ggez_merge.methods.method import Job, Method
+from ggez_merge.names import grouped
 from ggez_merge.recipe import ModelReference, Module, Recipe, Slice
 from ggez_merge.resolve import Resolver, gradient_position, some
 from ggez_merge.shards import Entry
+from ggez_merge.untrusted import printable
 
 Action = Literal["merge", "copy", "equal"]
 MODULE_ALIASES = {
@@ -65,14 +69,19 @@ class Assembled:
     outputs: list[Output] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    renamings: tuple[Renaming, ...] = ()
 
 
 def assemble(recipe: Recipe, method: Method, checkpoints: Mapping[ModelReference, Checkpoint]) -> Assembled:
     """Every output of a recipe whose checkpoints are open."""
     first = recipe.modules[0].slices[0]
     layout_reference = recipe.base_model or first.base_model or first.sources[0].model
-    assembled = Assembled(checkpoints[layout_reference], copy.deepcopy(checkpoints[layout_reference].config))
-    _Assembler(recipe, method, checkpoints, assembled).run()
+    layout = checkpoints[layout_reference]
+    assembled = Assembled(layout, copy.deepcopy(layout.config))
+    aligned = align(layout, checkpoints)
+    assembled.renamings = aligned.renamings
+    assembled.problems.extend(aligned.problems)
+    _Assembler(recipe, method, aligned.checkpoints, assembled).run()
     return assembled
 
 
@@ -397,6 +406,7 @@ class _Assembler:
                 Problem(
                     f"{lacks} lacks {len(names)} tensor{'s' if len(names) > 1 else ''} that {has} has",
                     tensor=some(names),
+                    found=f"in groups: {printable(grouped(names))}" if len(names) > 3 else None,
                     remedy="if they are the same model under other names, save both with one version of transformers; "
                     "if not, `missing: copy` copies them unmerged",
                 )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ggez_merge import __version__
+from ggez_merge.align import Renaming
 from ggez_merge.carry import check_chat_template, check_tokenizer, tokenizer_note
 from ggez_merge.check import nearest
 from ggez_merge.checkpoint import ITEM_BITS, Checkpoint, open_checkpoint
@@ -43,6 +44,7 @@ class Plan:
     config: dict[str, Any] | None
     given: frozenset[str]
     notes: tuple[str, ...]
+    renamings: tuple[Renaming, ...]
 
     @cached_property
     def entries(self) -> list[Entry]:
@@ -97,7 +99,7 @@ class Plan:
                     output.entry.name,
                     output.entry.dtype,
                     output.action,
-                    [[str(tensor.file), tensor.offset] for tensor in output.inputs],
+                    [[str(at.file), at.offset] for tensor in output.inputs for at in tensor.extents],
                     [dict(output.job.shared), [dict(model) for model in output.job.models]] if output.job else None,
                 ]
                 for output in self.outputs
@@ -144,6 +146,7 @@ def make_plan(recipe: Recipe, out: Path | None = None) -> Plan:
         config=assembled.config,
         given=assembled.given,
         notes=(*assembled.notes, *tokenizer_note(recipe, assembled.layout, checkpoints)),
+        renamings=assembled.renamings,
     )
 
 

@@ -17,7 +17,7 @@ from ggez_merge.checkpoint import Checkpoint
 from ggez_merge.outputs import Output
 from ggez_merge.plan import Plan
 from ggez_merge.run import Outcome, Tally
-from ggez_merge.summary import applied, groups
+from ggez_merge.summary import applied, groups, renamings
 from ggez_merge.units import readable_bytes
 
 REPORT_FORMAT = 1
@@ -74,6 +74,7 @@ def report(plan: Plan, outcome: Outcome, files: dict[str, dict[str, Any]]) -> di
             }
             for checkpoint in plan.checkpoints
         ],
+        "names": renamings(plan),
         "outputs": files,
         "run": {
             "device": outcome.device,
@@ -99,7 +100,7 @@ def _tensor(output: Output, tally: Tally, names: dict[Path, str]) -> dict[str, A
         said["parameters"] = applied(output, [names[tensor.file] for tensor in output.models])
     if output.base is not None and tally.delta_squares:
         said["delta_norms"] = [_norm(square) for square in tally.delta_squares]
-    if any(tensor.name != output.entry.name for tensor in output.inputs):  # layers that were stacked anew
+    if any(tensor.name != output.entry.name for tensor in output.inputs):  # another layout, or layers stacked anew
         said["from"] = [f"{names[tensor.file]}: {tensor.name}" for tensor in output.inputs]
     if any(tally.nonfinite):
         said["nonfinite"] = tally.nonfinite

@@ -77,7 +77,13 @@ class Files:
 
     def read(self, tensor: Tensor, start_byte: int, view: memoryview) -> None:
         """Fill `view` with the tensor's bytes from `start_byte` on."""
-        read_exactly(self._descriptor(tensor.file), view, tensor.offset + start_byte, tensor.file)
+        at = start_byte
+        for part in tensor.extents:
+            n = min(part.nbytes - at, len(view))
+            if n > 0:
+                read_exactly(self._descriptor(part.file), view[:n], part.offset + at, part.file)
+                view = view[n:]
+            at = max(at - part.nbytes, 0)
 
     def check_unchanged(self) -> None:
         """Raise Failed if any file changed since the plan was made."""

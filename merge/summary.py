@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from ggez_merge.components import component
 from ggez_merge.outputs import Output
@@ -50,6 +51,14 @@ def applied(output: Output, labels: Sequence[str]) -> dict[str, object]:
         if parameters:
             said[label if labels.count(label) == 1 else f"{label} ({number})"] = dict(parameters)
     return said
+
+
+def renamings(plan: Plan) -> list[dict[str, Any]]:
+    """Which input's names were brought to the base's, and by what rules, as plain data."""
+    return [
+        {"input": renaming.reference, "rules": [{**asdict(rule), "said": str(rule)} for rule in renaming.rules]}
+        for renaming in plan.renamings
+    ]
 
 
 def _parameters(plan: Plan, outputs: Sequence[Output]) -> str:

@@ -268,6 +268,113 @@ def _mt5_inputs() -> Inputs:
     return {**_text(), "decoder_input_ids": torch.tensor([[0, 3, 4]])}
 
 
+def _qwen2_text(**changes: Any) -> dict[str, Any]:
+    return {"model_type": "qwen2", **TEXT, "num_hidden_layers": 2, "num_key_value_heads": 2, **changes}
+
+
+def _llava_onevision() -> tf.PreTrainedModel:
+    config = tf.LlavaOnevisionConfig(
+        vision_config=_siglip_vision(vision_use_head=False),
+        text_config=_qwen2_text(),
+        image_token_index=IMAGE_TOKEN,
+        video_token_index=91,
+    )
+    return tf.LlavaOnevisionForConditionalGeneration(config)
+
+
+def _smolvlm() -> tf.PreTrainedModel:
+    config = tf.SmolVLMConfig(
+        vision_config={**VISION, "image_size": 28, "patch_size": 14},
+        text_config=_llama_text(pad_token_id=0),
+        image_token_id=IMAGE_TOKEN,
+        scale_factor=2,
+    )
+    return tf.SmolVLMForConditionalGeneration(config)
+
+
+def _internvl() -> tf.PreTrainedModel:
+    vision = {"model_type": "internvl_vision", **VISION, "image_size": [28, 28], "patch_size": [14, 14]}
+    config = tf.InternVLConfig(vision_config=vision, text_config=_qwen2_text(), image_token_id=IMAGE_TOKEN)
+    return tf.InternVLForConditionalGeneration(config)
+
+
+def _siglip2() -> tf.PreTrainedModel:
+    text = {**VISION, "vocab_size": 97, "max_position_embeddings": 16, "projection_size": 32}
+    return tf.Siglip2Model(
+        tf.Siglip2Config(text_config=text, vision_config={**VISION, "patch_size": 14, "num_patches": 4})
+    )
+
+
+def _blip2() -> tf.PreTrainedModel:
+    text = {"model_type": "opt", "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = tf.Blip2Config(
+        vision_config={**VISION, "image_size": 28, "patch_size": 14},
+        qformer_config={**VISION, "encoder_hidden_size": 32, "vocab_size": 97},
+        text_config={**text, "vocab_size": 97, "word_embed_proj_dim": 32, "max_position_embeddings": 64},
+        num_query_tokens=4,
+        image_token_index=IMAGE_TOKEN,
+    )
+    return tf.Blip2ForConditionalGeneration(config)
+
+
+def _whisper() -> tf.PreTrainedModel:
+    sizes = {f"{part}_{key}": value for part in ("encoder", "decoder") for key, value in _WHISPER_PART.items()}
+    config = tf.WhisperConfig(
+        vocab_size=97,
+        d_model=32,
+        num_mel_bins=8,
+        max_source_positions=16,
+        max_target_positions=16,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        **sizes,
+    )
+    return tf.WhisperForConditionalGeneration(config)
+
+
+_WHISPER_PART = {"layers": 2, "attention_heads": 2, "ffn_dim": 48}
+
+
+def _moe(kind: str) -> Callable[[], tf.PreTrainedModel]:
+    sizes: dict[str, Any] = {**TEXT, "num_hidden_layers": 2, "num_key_value_heads": 2, "num_experts_per_tok": 2}
+    own: dict[str, dict[str, Any]] = {
+        "Qwen2Moe": {"num_experts": 3, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40},
+        "Mixtral": {"num_local_experts": 3},
+    }
+
+    def build() -> tf.PreTrainedModel:
+        config = getattr(tf, f"{kind}Config")(**sizes, **own[kind])
+        model: tf.PreTrainedModel = getattr(tf, f"{kind}ForCausalLM")(config)
+        return model
+
+    return build
+
+
+LAYOUTS: dict[str, Callable[[], tf.PreTrainedModel]] = {
+    "qwen2_vl": _qwen2_vl,
+    "qwen2_5_vl": _qwen25_vl,
+    "qwen3_vl": _qwen3_vl,
+    "gemma3": _gemma3,
+    "llava": _llava,
+    "llava_onevision": _llava_onevision,
+    "paligemma": _paligemma,
+    "idefics3": _idefics3,
+    "smolvlm": _smolvlm,
+    "mistral3": _mistral3,
+    "internvl": _internvl,
+    "siglip": _siglip,
+    "siglip2": _siglip2,
+    "clip": _clip,
+    "blip2": _blip2,
+    "whisper": _whisper,
+    "qwen2_moe": _moe("Qwen2Moe"),
+    "mixtral": _moe("Mixtral"),
+}
+"""Architectures whose checkpoints come in more than one layout of names, or that users merge with such."""
+
+
 FAMILIES = {
     "qwen2_vl": Family(_qwen2_vl, _qwen_inputs),
     "qwen2_5_vl": Family(_qwen25_vl, _qwen_inputs),
