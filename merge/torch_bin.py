@@ -19,26 +19,35 @@ from typing import TYPE_CHECKING, Any
 from xxhash import xxh3_128
 
 from ggez_merge.errors import Problem, Refused
-from ggez_merge.header import ITEM_BITS, ShardFile, Tensor
+from ggez_merge.header import ShardFile, Tensor
 from ggez_merge.untrusted import MAX_JSON_BYTES, printable
 
 if TYPE_CHECKING:
     import torch
 
 DTYPES = {
-    "bool": "BOOL",
-    **{f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)},
-    **{f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)},
-    **{f"float{bits}": f"F{bits}" for bits in (16, 32, 64)},
-    "bfloat16": "BF16",
+    "uint64": "U64",
+    "int64": "I64",
+    "float64": "F64",
     "complex64": "C64",
+    "float32": "F32",
+    "uint32": "U32",
+    "int32": "I32",
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "uint16": "U16",
+    "int16": "I16",
+    "float8_e5m2fnuz": "F8_E5M2FNUZ",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "float8_e8m0fnu": "F8_E8M0",
     "float8_e4m3fn": "F8_E4M3",
     "float8_e5m2": "F8_E5M2",
-    "float8_e8m0fnu": "F8_E8M0",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ",
-    "float8_e5m2fnuz": "F8_E5M2FNUZ",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
 }
-"""torch's name of a dtype -> safetensors'."""
+"""torch's name of a dtype -> safetensors', in the order in which its library writes them."""
+_ORDER = list(DTYPES.values())
 
 CONVERT = (
     "on a machine that may run its code, if you trust whoever made it, write its weights anew: "
@@ -54,7 +63,7 @@ Spans = dict[int, int]
 def read_bin_header(path: Path) -> tuple[list[Tensor], ShardFile]:
     """Tensors in the order in which safetensors would hold them, and the file itself; no weight is read.
 
-    In that order (wide dtypes first, then by name) a merge gives the bytes that it gives after a conversion. Tied
+    In that order (by dtype, then by name) a merge gives the bytes that it gives after a conversion. Tied
     weights are two names of one span. Raises Refused with all problems of this file.
     """
     try:
@@ -69,7 +78,7 @@ def read_bin_header(path: Path) -> tuple[list[Tensor], ShardFile]:
     tensors = [_tensor(path, name, value, spans, problems) for name, value in _load(path).items()]
     if problems:
         raise Refused(problems)
-    table = sorted((t for t in tensors if t is not None), key=lambda t: (-ITEM_BITS[t.dtype], t.name))
+    table = sorted((t for t in tensors if t is not None), key=lambda t: (_ORDER.index(t.dtype), t.name))
     said = repr([(t.name, t.dtype, t.shape, t.offset) for t in table]).encode()
     return table, ShardFile(path, status.st_size, status.st_mtime_ns, xxh3_128(said).hexdigest())
 
@@ -111,7 +120,8 @@ def _spans(path: Path) -> Spans:
             pickle = member.filename.endswith("/data.pkl")
             fits = start is not None and start + member.file_size <= directory
             plain = member.compress_type == zipfile.ZIP_STORED and not member.flag_bits & 1
-            if start is None or not fits or not plain or (pickle and member.file_size > MAX_JSON_BYTES):
+            script = member.filename.endswith("/constants.pkl")  # TorchScript, which is a program
+            if start is None or not fits or not plain or script or (pickle and member.file_size > MAX_JSON_BYTES):
                 raise Refused(
                     Problem(
                         "the archive is not as torch.save writes it",
