@@ -33,26 +33,41 @@ class Aligned:
     problems: tuple[Problem, ...]
 
 
+@dataclass(frozen=True)
+class Counterpart:
+    """One input under the base's names, and the rules of that; with `problems` its names are not to be relied on."""
+
+    checkpoint: Checkpoint
+    rules: tuple[Rule, ...]
+    problems: tuple[Problem, ...]
+
+
 def align(layout: Checkpoint, checkpoints: Mapping[ModelReference, Checkpoint]) -> Aligned:
     """Bring all inputs to the names of `layout`. What has no counterpart keeps its name, or follows its neighbours."""
-    ours = {name: tensor.shape for name, tensor in layout.tensors.items()}
     renamed: dict[ModelReference, Checkpoint] = {}
     renamings: dict[str, Renaming] = {}
     problems: dict[str, Problem] = {}
     for reference, checkpoint in checkpoints.items():
-        found = match(ours, {name: tensor.shape for name, tensor in checkpoint.tensors.items()}, part)
-        problems.update((problem.what, problem) for problem in _problems(layout, checkpoint, found))
-        tensors = {found.canonical[name]: tensor for name, tensor in checkpoint.tensors.items()}
-        rules = found.rules
-        if tensors.keys() - ours.keys() and ours.keys() - tensors.keys():
-            known = conversions(layout.config)
-            tensors, more = _by_transformers(layout.tensors, tensors, known)
-            refitted = refit(layout.tensors, tensors, known)
-            tensors, rules = refitted.tensors, (*rules, *more, *refitted.rules)
-        if any(rule.theirs != rule.ours for rule in rules):
-            renamings[checkpoint.reference] = Renaming(checkpoint.reference, rules)
-        renamed[reference] = replace(checkpoint, tensors=tensors)
+        found = counterpart(layout, checkpoint)
+        problems.update((problem.what, problem) for problem in found.problems)
+        if any(rule.theirs != rule.ours for rule in found.rules):
+            renamings[checkpoint.reference] = Renaming(checkpoint.reference, found.rules)
+        renamed[reference] = found.checkpoint
     return Aligned(renamed, tuple(renamings.values()), tuple(problems.values()))
+
+
+def counterpart(layout: Checkpoint, checkpoint: Checkpoint) -> Counterpart:
+    """Bring one input to the names of `layout`."""
+    ours = {name: tensor.shape for name, tensor in layout.tensors.items()}
+    found = match(ours, {name: tensor.shape for name, tensor in checkpoint.tensors.items()}, part)
+    tensors = {found.canonical[name]: tensor for name, tensor in checkpoint.tensors.items()}
+    rules = found.rules
+    if tensors.keys() - ours.keys() and ours.keys() - tensors.keys():
+        known = conversions(layout.config)
+        tensors, more = _by_transformers(layout.tensors, tensors, known)
+        refitted = refit(layout.tensors, tensors, known)
+        tensors, rules = refitted.tensors, (*rules, *more, *refitted.rules)
+    return Counterpart(replace(checkpoint, tensors=tensors), rules, tuple(_problems(layout, checkpoint, found)))
 
 
 def part(name: str) -> str | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ggez_merge.errors import Problem, Refused
+from ggez_merge.formats import gguf, given_away, quantised
 from ggez_merge.header import FLOAT8 as FLOAT8
 from ggez_merge.header import FLOATS as FLOATS
 from ggez_merge.header import ITEM_BITS as ITEM_BITS
@@ -19,6 +20,7 @@ from ggez_merge.header import Tensor as Tensor
 from ggez_merge.header import read_shard_header as read_shard_header
 from ggez_merge.hub import fetch, is_hub_id
 from ggez_merge.layout import PICKLE_SUFFIXES, choose, pickled, read_index
+from ggez_merge.torch_bin import read_bin_header
 from ggez_merge.untrusted import printable, read_json_bytes
 
 
@@ -51,7 +53,7 @@ class Checkpoint:
 def open_checkpoint(reference: str, revision: str | None = None, search: Sequence[Path] = (Path("."),)) -> Checkpoint:
     """Find a checkpoint and validate every header of it; no weight is read.
 
-    `reference` is a folder, a .safetensors file (relative paths are tried against each folder of `search` in
+    `reference` is a folder, a .safetensors or .bin file (relative paths are tried against each folder of `search` in
     turn) or a Hugging Face id, which comes from the cache when it is complete there and is downloaded
     otherwise. A local path wins over an id of the same spelling. Raises Refused with every problem found.
     """
@@ -66,23 +68,32 @@ def open_checkpoint(reference: str, revision: str | None = None, search: Sequenc
         paths = [path / name for name in (sorted(set(weight_map.values())) if weight_map else layout.files)]
     else:
         folder = path.parent
-        if path.suffix in PICKLE_SUFFIXES:
+        if path.suffix.lower() == ".gguf":
+            raise Refused(gguf(str(path), path.name))
+        if path.suffix in PICKLE_SUFFIXES and path.suffix != ".bin":
             raise Refused(pickled(str(path), path.name))
-        if path.suffix != ".safetensors":
-            raise Refused(Problem("not a checkpoint", str(path), None, "a folder or a .safetensors file"))
+        if path.suffix not in (".safetensors", ".bin"):
+            raise Refused(Problem("not a checkpoint", str(path), None, "a folder, a .safetensors or a .bin file"))
         paths = [path]
     config = _read_config(folder / "config.json", problems)
+    coded = quantised(config or {}, str(folder / "config.json"))
+    problems += coded
     shards: list[ShardFile] = []
     tables: dict[Path, list[Tensor]] = {}
     for shard in paths:
         try:
-            tables[shard], _, file = read_shard_header(shard)
+            if shard.suffix == ".bin":
+                tables[shard], file = read_bin_header(shard)
+            else:
+                tables[shard], _, file = read_shard_header(shard)
             shards.append(file)
         except Refused as refused:
             problems += refused.problems
     tensors = _join(tables, problems)
     if weight_map is not None:
         problems += _compare(weight_map, tables, folder)
+    if not coded:
+        problems += given_away(tensors, str(path))
     if problems:
         raise Refused(problems)
     return Checkpoint(reference, folder, commit, tuple(shards), tensors, config)
@@ -114,7 +125,7 @@ def _locate(reference: str, revision: str | None, search: Sequence[Path]) -> tup
     raise Refused(
         Problem(
             f"no such checkpoint: {printable(reference)}",
-            expected="a folder, a .safetensors file or a Hugging Face id",
+            expected="a folder, a .safetensors or .bin file, or a Hugging Face id",
             found=looked,
             remedy="check the spelling; relative paths start at the recipe, then at the working folder",
         )
@@ -129,7 +140,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _read_config(path: Path, problems: list[Problem]) -> dict[str, Any] | None:
-    """config.json, or None; adds a problem when it is broken or says that the weights are quantised."""
+    """config.json, or None; adds a problem when it is broken."""
     try:
         config = json.loads(read_json_bytes(path))
         if not isinstance(config, dict):
@@ -145,23 +156,6 @@ def _read_config(path: Path, problems: list[Problem]) -> dict[str, Any] | None:
             )
         )
         return None
-    pending: list[tuple[str, Any]] = [("", config)]
-    while pending:  # a vision-language model may say it of one part only, in text_config
-        where, part = pending.pop()
-        for key, value in part.items():
-            if key in ("quantization_config", "compression_config") and value:
-                method = value.get("quant_method", "unknown method") if isinstance(value, dict) else repr(value)
-                problems.append(
-                    Problem(
-                        f"the model is quantised ({printable(str(method))}): its numbers are codes",
-                        place=str(path),
-                        found=printable(where + key),
-                        remedy="merge unquantised models and quantise the result, or dequantise this one "
-                        "(fp8 with `ggez_merge.dequantize`)",
-                    )
-                )
-            elif isinstance(value, dict):
-                pending.append((f"{where}{key}.", value))
     return config
 
 

@@ -149,7 +149,7 @@ def verify(folder: Annotated[Path, typer.Argument(help="A merged checkpoint.")])
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="A folder, a .safetensors file, or a Hugging Face id (@revision).")],
+    model: Annotated[str, typer.Argument(help="A folder, a file, or a Hugging Face id (@revision).")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
+from ggez_merge.align import counterpart
 from ggez_merge.checkpoint import Checkpoint, Tensor
 from ggez_merge.components import COMPONENTS, component, layer
 from ggez_merge.read import NUMPY_DTYPE, Files
@@ -95,7 +96,8 @@ class Diff:
 
     `groups` hold the float tensors, in the order of COMPONENTS and depth; `integers` the integer tensors that
     differ. `other_dtype` are compared by value all the same; `not_compared` are those of another shape, float
-    against integer, or of a dtype that has no arithmetic here (sub-byte floats, complex numbers).
+    against integer, or of a dtype that has no arithmetic here (sub-byte floats, complex numbers). Tensors have a's
+    names, but `only_b` has b's own; `names` says how b's became a's, one rule a line, or why they could not.
     """
 
     a: str
@@ -106,6 +108,7 @@ class Diff:
     only_b: tuple[str, ...]
     other_dtype: tuple[Mismatch, ...]
     not_compared: tuple[Mismatch, ...]
+    names: tuple[str, ...] = ()
 
     def components(self) -> dict[str, Change]:
         """The change of each component as a whole."""
@@ -124,16 +127,22 @@ def diff(
 ) -> Diff:
     """Compare all tensors that a and b have in common, in chunks that need at most about `memory_bytes`.
 
+    b's tensors are found under a's names as a merge finds them, and as they stand where it is not clear which is which.
     Differences are taken in float64. A NaN equals a NaN, and 0 equals -0. `advance` is told the bytes compared,
     a's and b's together, after each chunk. Raises Failed, naming the file, if a file ends early or changes.
     """
+    found = counterpart(a, b)
+    names = tuple(str(rule) for rule in found.rules if rule.theirs != rule.ours)
+    if found.problems:
+        names = tuple(problem.what for problem in found.problems)
+    theirs_by_name = b.tensors if found.problems else found.checkpoint.tensors
     chunk = max(memory_bytes // _WORKING_BYTES, 1024)
     buffers = memoryview(bytearray(8 * chunk)), memoryview(bytearray(8 * chunk))
     changes: dict[tuple[str, str | None, int | None], list[Change]] = {}
     integers, other_dtype, not_compared = [], [], []
     with Files([*a.files, *b.files]) as files:
         for name, ours in a.tensors.items():
-            theirs = b.tensors.get(name)
+            theirs = theirs_by_name.get(name)
             if theirs is None:
                 continue
             mismatch = Mismatch(name, _form(ours), _form(theirs))
@@ -155,10 +164,11 @@ def diff(
         b.reference,
         tuple(sorted(groups, key=lambda g: (COMPONENTS.index(g.component), g.stack or "", g.number or 0))),
         tuple(integers),
-        tuple(sorted(a.tensors.keys() - b.tensors.keys())),
-        tuple(sorted(b.tensors.keys() - a.tensors.keys())),
+        tuple(sorted(a.tensors.keys() - theirs_by_name.keys())),
+        tuple(sorted({at.name for n, t in theirs_by_name.items() if n not in a.tensors for at in t.extents})),
         tuple(other_dtype),
         tuple(not_compared),
+        names,
     )
 
 
@@ -180,6 +190,7 @@ def as_json(result: Diff) -> dict[str, Any]:
     return {
         "a": result.a,
         "b": result.b,
+        "names": list(result.names),
         "components": [{"component": n, **_numbers(c)} for n, c in result.components().items()],
         "groups": [
             {"component": g.component, "stack": g.stack, "layer": g.number, **_numbers(g.change)} for g in result.groups
@@ -199,6 +210,7 @@ def show(result: Diff, console: Console) -> None:
     from rich.text import Text
 
     console.print(Text(f"a: {printable(result.a)}\nb: {printable(result.b)}"), soft_wrap=True)
+    _list(console, "names in b ↔ in a", result.names)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("component")
     for label in ("tensors", "elements", "||b - a|| / ||a||", "max |b - a|", "changed"):

@@ -82,7 +82,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class ShardFile:
-    """One file as it was when its header was read; `header_hash` is the hex XXH3 of the header's JSON."""
+    """One file as it was when its header was read; `header_hash` is the hex XXH3 of what its header says."""
 
     path: Path
     size: int

@@ -32,7 +32,7 @@ _REMEDIES = {
 
 def is_hub_id(reference: str) -> bool:
     """Whether `reference` has the form organisation/name."""
-    return _ID.fullmatch(reference) is not None and not reference.endswith(".safetensors")
+    return _ID.fullmatch(reference) is not None and not reference.endswith((".safetensors", ".bin"))
 
 
 def fetch(hub_id: str, revision: str | None, not_local: str) -> tuple[Path, str]:
@@ -40,7 +40,7 @@ def fetch(hub_id: str, revision: str | None, not_local: str) -> tuple[Path, str]
 
     A complete snapshot in the cache is used as it is, with no network at all; to follow a branch that has
     moved, run `hf download` first. Otherwise the files that a merge needs are downloaded: the weights that
-    `choose` picks (no pickles, no second copy of the weights) and the small files beside them.
+    `choose` picks (no second copy of the weights) and the small files beside them.
     Raises Refused, with the remedy; `not_local` says where a local path of that name was looked for.
     """
     try:

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from ggez_merge.errors import Problem, Refused
+from ggez_merge.formats import gguf
 from ggez_merge.untrusted import printable, read_json_bytes, strict_json
 
-INDEX_SUFFIX = ".safetensors.index.json"
+INDEX = ".index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_NUMBERED = re.compile(r"(?P<base>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
+_NUMBERED = re.compile(r"(?P<base>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.(safetensors|bin)")
+_TORCH = re.compile(r"(diffusion_)?pytorch_model(-\d{5}-of-\d{5})?\.bin(\.index\.json)?")
 
 
 @dataclass(frozen=True)
@@ -26,18 +28,24 @@ class Layout:
 def choose(names: Iterable[str], place: str) -> Layout:
     """The checkpoint among the file names of one folder; raises Refused when there is none or more than one.
 
-    `model.safetensors.index.json` or `model.safetensors` comes before any other name, as it does for loaders;
-    otherwise the folder must hold exactly one index, one file, or one complete set of numbered shards.
+    safetensors come before pytorch_model.bin, `model.safetensors.index.json` and `model.safetensors` before any other
+    name, as for loaders; otherwise the folder must hold exactly one index, one file, or one complete set of numbered
+    shards.
     """
     names = sorted(names)
-    indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
-    weights = [name for name in names if name.endswith(".safetensors")]
+    suffix, first = ".safetensors", "model"
+    candidates = [name for name in names if name.endswith((suffix, suffix + INDEX))]
+    if not candidates:  # other .bin files are optimizers', schedulers', training arguments
+        suffix, first = ".bin", "pytorch_model"
+        candidates = [name for name in names if _TORCH.fullmatch(name)]
+    indexes = [name for name in candidates if name.endswith(INDEX)]
+    weights = [name for name in candidates if name.endswith(suffix)]
     numbered = {name: match for name in weights if (match := _NUMBERED.fullmatch(name))}
     singles = [name for name in weights if name not in numbered]
-    if "model" + INDEX_SUFFIX in indexes:
-        return Layout("model" + INDEX_SUFFIX, ())
-    if "model.safetensors" in singles and not any(match["base"] == "model" for match in numbered.values()):
-        return Layout(None, ("model.safetensors",))
+    if first + suffix + INDEX in indexes:
+        return Layout(first + suffix + INDEX, ())
+    if first + suffix in singles and not any(match["base"] == first for match in numbered.values()):
+        return Layout(None, (first + suffix,))
     if len(indexes) == 1:
         return Layout(indexes[0], ())
     if not indexes and not numbered and len(singles) == 1:
@@ -45,7 +53,7 @@ def choose(names: Iterable[str], place: str) -> Layout:
     sets = {(match["base"], int(match["total"])) for match in numbered.values()}
     if not indexes and not singles and len(sets) == 1:
         base, total = sets.pop()
-        full = [f"{base}-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
+        full = [f"{base}-{number:05d}-of-{total:05d}{suffix}" for number in range(1, total + 1)]
         if weights == full:
             return Layout(None, tuple(full))
         raise Refused(
@@ -54,7 +62,7 @@ def choose(names: Iterable[str], place: str) -> Layout:
                 place=place,
                 expected=f"{total} shards {base}-*-of-{total:05d}",
                 found=_some(weights),
-                remedy="download the folder again, including its .safetensors.index.json",
+                remedy="download the folder again, including its .index.json",
             )
         )
     if weights or indexes:
@@ -62,22 +70,25 @@ def choose(names: Iterable[str], place: str) -> Layout:
             Problem(
                 "it is not clear which files are the checkpoint",
                 place=place,
-                expected="model.safetensors, one index, or one complete set of numbered shards",
+                expected=f"{first}{suffix}, one index, or one complete set of numbered shards",
                 found=_some(indexes + weights),
-                remedy="name the .safetensors file itself, or remove what does not belong",
+                remedy=f"name the {suffix} file itself, or remove what does not belong",
             )
         )
     raise Refused(_nothing(names, place))
 
 
 def _nothing(names: list[str], place: str) -> Problem:
+    ggufs = [name for name in names if name.lower().endswith(".gguf")]
+    if ggufs:
+        return gguf(place, _some(ggufs))
     pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
     if pickles:
         return pickled(place, _some(pickles))
-    remedy = "give the folder that holds the .safetensors files"
+    remedy = "give the folder that holds the .safetensors files or pytorch_model.bin"
     if "model_index.json" in names:
         remedy = "this is a diffusers pipeline: give the path of one of its folders, such as unet"
-    return Problem("no safetensors checkpoint here", place=place, found=_some(names) or "nothing", remedy=remedy)
+    return Problem("no checkpoint here", place=place, found=_some(names) or "nothing", remedy=remedy)
 
 
 def pickled(place: str, found: str) -> Problem:
@@ -85,9 +96,10 @@ def pickled(place: str, found: str) -> Problem:
     return Problem(
         "the weights are pickles, which can run code when they are loaded",
         place=place,
-        expected=".safetensors files",
+        expected=".safetensors files, or pytorch_model.bin as torch.save writes a state dict",
         found=found,
-        remedy="save it anew: transformers' from_pretrained(...).save_pretrained(...) writes safetensors",
+        remedy="save it anew: transformers' from_pretrained(...).save_pretrained(...) writes safetensors; a .bin that "
+        "holds a state dict can be named itself",
     )
 
 
@@ -98,6 +110,8 @@ def _some(names: list[str], limit: int = 6) -> str:
 
 def read_index(path: Path) -> dict[str, str]:
     """Tensor name -> shard file name, from an index; raises Refused with every unacceptable name."""
+    whole = path.name.removesuffix(INDEX)  # what the checkpoint would be called in one file
+    suffix = PurePosixPath(whole).suffix
     remedy = "download the index again, or write it anew by saving the model again"
     try:
         index = strict_json(read_json_bytes(path))
@@ -116,34 +130,34 @@ def read_index(path: Path) -> dict[str, str]:
     unfit = {
         printable(repr(shard)) if isinstance(shard, str) else "not a string"
         for shard in weight_map.values()
-        if not _is_plain(shard)
+        if not _is_plain(shard, suffix)
     }
     if unfit:
         raise Refused(
             Problem(
                 "the index names a shard that is not a plain file name inside its folder",
                 place=str(path),
-                expected="a name such as model-00001-of-00002.safetensors",
+                expected=f"a name such as {whole.removesuffix(suffix)}-00001-of-00002{suffix}",
                 found=found,
                 remedy=remedy,
             )
             for found in sorted(unfit)
         )
-    lone = path.with_name("model.safetensors")
-    if path.name == "model" + INDEX_SUFFIX and lone.name not in weight_map.values() and lone.exists():
+    lone = path.with_name(whole)
+    if whole in ("model.safetensors", "pytorch_model.bin") and whole not in weight_map.values() and lone.exists():
         raise Refused(
             Problem(
-                "two checkpoints in one folder: model.safetensors, and an index that does not name it",
+                f"two checkpoints in one folder: {whole}, and an index that does not name it",
                 place=str(path.parent),
-                remedy="remove the one that is out of date, or name model.safetensors itself",
+                remedy="remove the one that is out of date, or name the file itself",
             )
         )
     return weight_map
 
 
-def _is_plain(shard: object) -> bool:
-    """Whether `shard` is a relative .safetensors name that cannot leave the folder on any system."""
-    if not isinstance(shard, str) or not shard.endswith(".safetensors") or "\\" in shard or not shard.isprintable():
+def _is_plain(shard: object, suffix: str) -> bool:
+    """Whether `shard` is a relative name of that kind that cannot leave the folder on any system."""
+    if not isinstance(shard, str) or not shard.endswith(suffix) or "\\" in shard or not shard.isprintable():
         return False
     path = PurePosixPath(shard)
     inside = not path.is_absolute() and not PureWindowsPath(shard).drive and ".." not in path.parts

@@ -100,7 +100,7 @@ class _Assembler:
         self.resolver = Resolver(recipe, method)
         assembled.given = frozenset(self.resolver.given())
         self.uses_base = method.uses_base(assembled.given)
-        self.missing: dict[tuple[str, str], list[str]] = defaultdict(list)  # (lacks, has) -> names
+        self.missing: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(dict)  # (lacks, has) -> name -> own
         self.scaled: dict[tuple[str, str], list[str]] = defaultdict(list)  # (file, dtype) -> names
 
     def run(self) -> None:
@@ -349,7 +349,7 @@ class _Assembler:
         if self.recipe.missing == "copy":
             self._copy(name, origin, f"copied from {owner}: {', '.join(lacking)} has no such tensor")
         for reference, own in lacking.items():
-            self.missing[(reference, owner)].append(own)
+            self.missing[(reference, owner)][own] = [at.name for at in origin.extents]
 
     def _add(self, name: str, tensors: Sequence[Tensor], module: Module, piece: Slice, t: float) -> None:
         shapes = Counter(tensor.shape for tensor in tensors)
@@ -396,17 +396,20 @@ class _Assembler:
         self.result.outputs.append(Output(_entry(name, dtype, tensor.shape), "copy", None, (tensor,), None, via))
 
     def _explain_missing(self) -> None:
-        for (lacks, has), names in self.missing.items():
+        for (lacks, has), own_names in self.missing.items():
+            names, own = list(own_names), [name for several in own_names.values() for name in several]
             if self.recipe.missing == "copy":
                 self.result.notes.append(
                     f"{len(names)} tensors that {lacks} lacks are copied from {has}: {some(names)}"
                 )
                 continue
+            found = [f"in groups: {printable(grouped(names))}"] if len(names) > 3 else []
+            found += [f"in {has}: {some(own) if len(own) < 4 else printable(grouped(own))}"] if own != names else []
             self.result.problems.append(
                 Problem(
                     f"{lacks} lacks {len(names)} tensor{'s' if len(names) > 1 else ''} that {has} has",
                     tensor=some(names),
-                    found=f"in groups: {printable(grouped(names))}" if len(names) > 3 else None,
+                    found="; ".join(found) or None,
                     remedy="if they are the same model under other names, save both with one version of transformers; "
                     "if not, `missing: copy` copies them unmerged",
                 )

@@ -116,7 +116,7 @@ def test_an_index_may_name_the_single_file(tmp_path: Path) -> None:
     assert list(open_checkpoint(str(tmp_path)).tensors) == list(ARRAYS)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.ckpt", "consolidated.00.pth"])
+@pytest.mark.parametrize("name", ["model.pt", "model.ckpt", "consolidated.00.pth"])
 def test_pickles_are_refused_by_name(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"\x80\x04.")
     refused_once(tmp_path, "pickles", name, "save_pretrained")
@@ -124,14 +124,14 @@ def test_pickles_are_refused_by_name(name: str, tmp_path: Path) -> None:
 
 
 def test_folders_without_weights_are_refused(tmp_path: Path) -> None:
-    refused_once(tmp_path, "no safetensors checkpoint here", "nothing")
+    refused_once(tmp_path, "no checkpoint here", "nothing")
     (tmp_path / "model_index.json").write_text("{}")
     refused_once(tmp_path, "diffusers pipeline", "such as unet")
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello")
-    refused_once(tmp_path / "notes.txt", "not a checkpoint", "a folder or a .safetensors file")
+    refused_once(tmp_path / "notes.txt", "not a checkpoint", "a folder, a .safetensors or a .bin file")
 
 
 # --- where a reference is looked for
@@ -186,7 +186,7 @@ def test_all_problems_of_all_shards_are_told_at_once(tmp_path: Path) -> None:
     problems = refused(tmp_path)
     places = [Path(problem.place or "").name for problem in problems]
     assert places == ["config.json", *(shard.name for shard in (*shards[:4], shards[3]))]
-    assert "quantised (awq)" in problems[0].what
+    assert "quantised (AWQ)" in problems[0].what
 
 
 def test_tensor_in_the_index_but_not_in_the_shard(tmp_path: Path) -> None:
@@ -322,19 +322,63 @@ def test_broken_config(config: bytes, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["quantised (gptq)"]),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["quantised (GPTQ)", "quantise the result"]),
+        ({"quantization_config": {"quant_method": "awq"}}, ["quantised (AWQ)", "quantise the result"]),
+        ({"quantization_config": {"quant_method": "hqq"}}, ["quantised (HQQ)", "quantise the result"]),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, ["(bitsandbytes)", "model.dequantize()"]),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, ["(MXFP4)", "Mxfp4Config(dequantize=True)"]),
+        ({"quantization_config": {"quant_method": "of tomorrow"}}, ["(of tomorrow)", "quantise the result"]),
         ({"quantization_config": {"bits": 4}}, ["quantised (unknown method)"]),
         (
             {"text_config": {"quantization_config": {"quant_method": "fp8"}}},
-            ["(fp8)", "text_config.quantization_config"],
+            ["(fp8)", "text_config.quantization_config", "ggez_merge.dequantize"],
         ),
-        ({"compression_config": {"quant_method": "compressed-tensors"}}, ["(compressed-tensors)"]),
+        (
+            {"compression_config": {"quant_method": "compressed-tensors"}},
+            ["(compressed-tensors)", "run_compressed=False"],
+        ),
         ({"quantization_config": {"quant_method": "\x1b[31m"}}, ["\\x1b[31m"]),
     ],
 )
 def test_quantised_models_are_refused_by_name(config: dict[str, Any], words: list[str], tmp_path: Path) -> None:
     write_checkpoint(tmp_path, ARRAYS, config=config)
-    refused_once(tmp_path, *words, "its numbers are codes", "quantise the result")
+    refused_once(tmp_path, *words, "its numbers are codes")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("GPTQ", ["qweight", "qzeros", "scales", "g_idx"]),
+        ("AWQ", ["qweight", "qzeros", "scales"]),
+        ("bitsandbytes", ["weight", "weight.absmax", "weight.quant_map", "weight.quant_state.bitsandbytes__nf4"]),
+        ("bitsandbytes", ["weight", "SCB", "weight_format"]),
+        ("compressed-tensors", ["weight_packed", "weight_scale", "weight_shape"]),
+        ("HQQ", ["W_q", "scale", "zero"]),
+        ("quanto", ["weight._data", "weight._scale"]),
+        ("AQLM", ["codes", "codebooks", "scales"]),
+        ("ModelOpt NVFP4", ["weight", "weight_scale", "weight_scale_2"]),
+        ("MLX", ["weight", "scales", "biases"]),
+    ],
+)
+@pytest.mark.parametrize("shards", [1, 2])
+def test_quantised_models_give_themselves_away(name: str, words: list[str], shards: int, tmp_path: Path) -> None:
+    codes = {f"layers.{i}.q_proj.{word}": np.zeros(2, np.uint8) for i in range(2) for word in words}
+    write_checkpoint(tmp_path, ARRAYS | codes, shards=shards)
+    problem = refused_once(tmp_path, f"quantised ({name})", "its numbers are codes")
+    assert problem.tensor is not None and problem.tensor.startswith("layers.0.q_proj") and "1 more" in problem.tensor
+
+
+def test_a_word_alone_gives_nothing_away(tmp_path: Path) -> None:
+    names = ("blocks.0.scales", "blocks.0.weight", "codes", "norm.biases", "W.qzeros", "absmax")
+    arrays = {name: np.ones(2, np.float32) for name in names}
+    assert list(open_checkpoint(str(write_checkpoint(tmp_path, arrays))).tensors) == list(names)
+
+
+@pytest.mark.parametrize("name", ["model-Q4_K_M.gguf", "MODEL.GGUF"])
+def test_gguf_files_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"GGUF\3\0\0\0")
+    refused_once(tmp_path, "GGUF", name, "llama.cpp")
+    refused_once(tmp_path / name, "GGUF", name, "llama.cpp")
 
 
 def test_absent_quantisation_is_fine(tmp_path: Path) -> None:

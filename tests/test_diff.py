@@ -144,6 +144,54 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
     assert "  shape: BF16 [2, 1], F32 [2]" in text.splitlines()
 
 
+def test_two_layouts_of_one_model_have_the_same_names(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    a = {
+        **{
+            f"visual.blocks.{i}.{word}.weight": random.normal(size=(4, 4)) for i in range(2) for word in ("q", "k", "v")
+        },
+        **{f"model.layers.{i}.{word}.weight": random.normal(size=(4, 6)) for i in range(2) for word in ("q", "k", "v")},
+        "lm_head.weight": random.normal(size=(9, 4)),
+    }
+    b = {name: array + 0.5 for name, array in a.items()}
+
+    def newer(name: str) -> str:
+        return f"model.{name}" if name.startswith("visual.") else name.replace("model.", "model.language_model.")
+
+    expected = compared(tmp_path / "same", a, b)
+    result = compared(tmp_path / "other", a, {newer(name): array for name, array in reversed(b.items())})
+    assert result.groups == expected.groups
+    assert (result.only_a, result.only_b, expected.names) == ((), (), ())
+    rules = [
+        "model.visual.blocks.* ↔ visual.blocks.*: 6 tensors",
+        "model.language_model.layers.* ↔ model.layers.*: 6 tensors",
+    ]
+    assert list(result.names) == as_json(result)["names"] == rules
+    assert all(printed(result).count(rule) == 1 for rule in rules)
+    extra = {**{newer(name): array for name, array in b.items()}, "model.visual.extra.bias": np.ones(1)}
+    assert compared(tmp_path / "extra", a, extra).only_b == ("model.visual.extra.bias",)
+
+
+def test_fused_experts_are_compared_with_those_apart(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    apart = {f"layers.0.mlp.experts.{i}.down_proj.weight": random.normal(size=(4, 6)) for i in range(3)}
+    fused = {"layers.0.mlp.experts.down_proj": np.stack(list(apart.values()))}
+    fused["layers.0.mlp.experts.down_proj"][1, 2, 3] += 1
+    for a, b, n in ((apart, fused, 3), (fused, apart, 1)):
+        result = compared(tmp_path / str(n), a, b)
+        assert (only(result).n_tensors, only(result).n_elements, only(result).n_changed) == (n, 72, 1)
+        assert (result.only_a, result.only_b, len(result.names)) == ((), (), 1)
+
+
+def test_names_that_fit_twice_are_compared_as_they_stand(tmp_path: Path) -> None:
+    words = ("attn.q", "attn.k", "mlp.up", "norm")
+    tower = {f"layers.{i}.{word}.weight": np.ones((8, 8)) for i in range(2) for word in words}
+    two = {f"{side}.{name}": array for name, array in tower.items() for side in ("left", "right")}
+    result = compared(tmp_path, two, {**tower, "left.layers.0.norm.weight": np.ones((8, 8))})
+    assert "not clear" in result.names[0] and "not clear" in printed(result)
+    assert set(result.only_b) == tower.keys() and only(result).n_tensors == 1
+
+
 def test_groups_are_components_and_layers_in_order(tmp_path: Path) -> None:
     names = ["lm_head.weight", "model.norm.weight", *(f"model.layers.{i}.{w}" for i in (10, 2) for w in "ab")]
     names += ["visual.blocks.0.w", "visual.merger.mlp.0.weight", "visual.pos_embed"]

@@ -198,10 +198,26 @@ def test_an_interrupted_download_is_completed(server: tuple[str, Path, list[str]
 
 def test_pickles_are_refused_before_they_are_downloaded(server: tuple[str, Path, list[str]], tmp_path: Path) -> None:
     endpoint, root, asked = server
-    (root / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    (root / "model.ckpt").write_bytes(b"\x80\x04.")
     message = refused(tmp_path / "home", "org/name", endpoint=endpoint)
-    assert "pickles" in message and "pytorch_model.bin" in message
-    assert not any("pytorch_model.bin" in path for path in asked)
+    assert "pickles" in message and "model.ckpt" in message
+    assert not any("model.ckpt" in path for path in asked)
+
+
+def test_weights_in_torchs_format_are_fetched_only_where_there_are_no_others(
+    server: tuple[str, Path, list[str]], tmp_path: Path
+) -> None:
+    import torch
+
+    endpoint, root, asked = server
+    torch.save({"x": torch.ones(2)}, root / "pytorch_model.bin")
+    (root / "training_args.bin").write_bytes(b"\x80\x04.")
+    assert opened(tmp_path / "home", "org/name", endpoint=endpoint)[1] == ["x"]
+    assert opened(tmp_path / "home", "org/name")[1] == ["x"]
+    write_checkpoint(root, ARRAYS)
+    asked.clear()
+    assert opened(tmp_path / "another home", "org/name", endpoint=endpoint)[1] == list(ARRAYS)
+    assert not any(".bin" in path for path in asked)
 
 
 @pytest.mark.parametrize(
@@ -220,6 +236,7 @@ def test_remedies(arguments: tuple[str, ...], remedy: str, server: tuple[str, Pa
         ("google/siglip2-so400m-patch14-384", True),
         ("Qwen/Qwen2.5-VL-3B-Instruct", True),
         ("org/name.safetensors", False),
+        ("org/name.bin", False),
         ("./name", False),
         ("../name", False),
         ("/org/name", False),

@@ -332,6 +332,17 @@ def test_two_layouts_merge_as_one(pair: Path) -> None:
     assert report["tensors"]["visual.merger.ln_q.weight"]["from"][1].endswith("model.visual.merger.ln_q.weight")
 
 
+def test_extra_tensors_are_told_by_their_own_names(pair: Path) -> None:
+    models(pair, ["one"], HUB | {"visual.extra.weight": (8, 8), "visual.extra.bias": (8,)})
+    renamed_checkpoint(
+        pair / "one", {name: f"module.{name}" for name in (*HUB, "visual.extra.weight", "visual.extra.bias")}
+    )
+    (problem,) = refusals(pair, INTERPOLATE)
+    assert problem.what == "base lacks 2 tensors that one has"
+    assert problem.tensor is not None and "visual.extra.weight" in problem.tensor
+    assert problem.found is not None and problem.found.startswith("in one: module.visual.extra.")
+
+
 def test_the_output_has_the_layout_of_the_base(pair: Path) -> None:
     renamed_checkpoint(pair / "base", {name: new_name(name) for name in HUB})
     assert merged(pair, INTERPOLATE).keys() == {new_name(name) for name in HUB}
