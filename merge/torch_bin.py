@@ -14,7 +14,7 @@ import stat
 import struct
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from xxhash import xxh3_128
 
@@ -116,7 +116,7 @@ def _spans(path: Path) -> Spans:
             ) from None
         spans: Spans = {}
         for member in members:
-            start = _start(file.fileno(), member)
+            start = _start(file, member)
             pickle = member.filename.endswith("/data.pkl")
             fits = start is not None and start + member.file_size <= directory
             plain = member.compress_type == zipfile.ZIP_STORED and not member.flag_bits & 1
@@ -136,9 +136,12 @@ def _spans(path: Path) -> Spans:
     return spans
 
 
-def _start(descriptor: int, member: zipfile.ZipInfo) -> int | None:
+def _start(file: BinaryIO, member: zipfile.ZipInfo) -> int | None:
     """Where a member's bytes begin: after its own header, whose lengths the directory does not give."""
-    raw = os.pread(descriptor, _LOCAL_HEADER.size, member.header_offset) if member.header_offset >= 0 else b""
+    if member.header_offset < 0:
+        return None
+    file.seek(member.header_offset)
+    raw = file.read(_LOCAL_HEADER.size)
     if len(raw) < _LOCAL_HEADER.size:
         return None
     magic, name, extra = _LOCAL_HEADER.unpack(raw)
