@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ggez_merge.carry import same_tokenizer
+from ggez_merge.carry import TOKENIZER_FILES, carried_files, same_tokenizer
 from ggez_merge.checkpoint import FLOATS, ITEM_BITS, Checkpoint, ShardFile, Tensor, joined, promoted
 from ggez_merge.errors import Problem, Refused
 from ggez_merge.heads import is_vocabulary
@@ -74,7 +74,7 @@ class _Aligner:
         home = self.rows.layout.files
         names = [name for name, tensor in self.rows.layout.tensors.items() if is_vocabulary(name, tensor)]
         source = home if self.policy.source in ("base", "union") else self._model(self.policy.source)
-        self.rows.tokenizer = self.inputs[source].folder
+        self.rows.tokenizer = self._folder(self.inputs[source])
         if self._nothing_to_do(names):
             return
         vocabularies = {files: self._vocabulary(c) for files, c in self.inputs.items()}
@@ -103,6 +103,17 @@ class _Aligner:
             expected = "base, union, or one of " + ", ".join(self.named)
             raise self._refuse(f"{self.policy.where[0]} names no model of the recipe: {name!r}", expected=expected)
         return self.named[name]
+
+    def _folder(self, source: Checkpoint) -> Path:
+        """Where the source's tokenizer files are: the layout's folder, if it comes without."""
+        if any(name in TOKENIZER_FILES for name in carried_files(source)):
+            return source.folder
+        if not same_tokenizer(source, self.rows.layout):
+            remedy = "put its config.json beside them"
+            raise self._refuse(
+                f"it is not clear whether {source.reference}'s tokenizer files are its own", remedy=remedy
+            )
+        return self.rows.layout.folder
 
     def _nothing_to_do(self, names: Sequence[str]) -> bool:
         """Whether all have one tokenizer and the same numbers of rows, and the recipe asks for no more."""

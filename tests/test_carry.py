@@ -140,6 +140,7 @@ class TestTokenizers:
     @pytest.mark.parametrize("source", ["union", "one", "base"])
     def test_those_that_cannot_be_read_are_refused(self, source: str, pair: Path) -> None:
         (pair / "one" / "tokenizer.json").write_text('{"model": 2}')
+        (pair / "one" / "config.json").write_text("{}")
         (problem,) = refusals(pair, INTERPOLATE, [f"tokenizer_source={source}"])
         assert problem.what.startswith("the vocabulary cannot be read")
         assert problem.place == str(pair / "base" / "tokenizer.json")

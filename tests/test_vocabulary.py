@@ -11,6 +11,10 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
+import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
 from merging import LITTLE_MEMORY, arrays, merged, plan_of, refusals, tensors
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -133,6 +137,10 @@ class TestByToken:
                 b = ours[base[token]] if token in base else theirs[one[token]]
                 x = theirs[one[token]] if token in one else b
                 np.testing.assert_allclose(found[row], 0.75 * b + 0.25 * x, rtol=1e-6, atol=1e-9, err_msg=token)
+            for row in set(range(len(found))) - set(out.values()):  # padding: the base's, or zero, but as it stands in
+                b = ours[row] if len(base) <= row < len(ours) else np.zeros(16, "f4")  # who has the vocabulary already
+                x = theirs[row] if source == "one" else b
+                np.testing.assert_allclose(found[row], 0.75 * b + 0.25 * x, rtol=1e-6, atol=1e-9)
         model = check_loads(tmp_path / "out")
         assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
         assert (HEAD in arrays(tmp_path / "out")) != tied
@@ -156,6 +164,25 @@ class TestByToken:
             found = table(tmp_path / "out", name)[vocabulary(tmp_path / "out")["<one>"]]
             np.testing.assert_array_equal(found, alone)
         check_loads(tmp_path / "out")
+
+    def test_a_union_as_mergekit_makes_it(self, tmp_path: Path, plain: Tokenizer) -> None:
+        for seed, name in ((1, "one"), (2, "two")):
+            other = shuffled(plain, seed)
+            other.add_tokens(["ສະບາຍດີ", f"<{name}>", *(["<both>"] if name == "one" else [])])
+            save(tmp_path / name, other, seed, padding=seed)
+        plain.add_tokens(["<both>"])  # which the base and one of the models have
+        save(tmp_path / "base", plain, 0, padding=3)
+        merged(tmp_path, _with(TASK, "union"))
+        said = {**yaml.safe_load(_with(TASK, "union")), "base_model": str(tmp_path / "base"), "dtype": "float32"}
+        said["models"] = [{**entry, "model": str(tmp_path / entry["model"])} for entry in said["models"]]
+        options = MergeOptions(quiet=True, write_model_card=False)
+        run_merge(MergeConfiguration.model_validate(said), str(tmp_path / "theirs"), options)
+        out, theirs = vocabulary(tmp_path / "out"), vocabulary(tmp_path / "theirs")
+        assert out.keys() == theirs.keys()
+        for name in (EMBED, HEAD):
+            found, expected = table(tmp_path / "out", name), table(tmp_path / "theirs", name)
+            for token in out:
+                np.testing.assert_allclose(found[out[token]], expected[theirs[token]], rtol=1e-6, atol=1e-8)
 
     def test_the_same_bytes_for_any_threads_and_memory(self, tmp_path: Path, plain: Tokenizer) -> None:
         save(tmp_path / "base", plain, 0)
@@ -302,6 +329,22 @@ class TestRefused:
         (tmp_path / "one" / "tokenizer.json").write_text(document)
         (problem,) = refusals(tmp_path, _with(RATIO, "base"))
         assert problem.what.startswith("the vocabulary cannot be read")
+
+    def test_a_source_without_a_tokenizer_has_the_bases(self, tmp_path: Path, plain: Tokenizer) -> None:
+        save(tmp_path / "base", plain, 0)
+        save(tmp_path / "one", plain, 1, padding=4)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (tmp_path / "one" / name).unlink()
+        merged(tmp_path, _with(RATIO, "one"))
+        assert vocabulary(tmp_path / "out") == vocabulary(tmp_path / "base")
+        check_loads(tmp_path / "out")
+
+    def test_a_tokenizer_that_may_be_of_another_model(self, tmp_path: Path, plain: Tokenizer) -> None:
+        save(tmp_path / "base", plain, 0)
+        save(tmp_path / "one", shuffled(plain, 1), 1)
+        (tmp_path / "one" / "config.json").unlink()
+        (problem,) = refusals(tmp_path, _with(RATIO, "one"))
+        assert "not clear" in problem.what
 
     def test_a_tokenizer_larger_than_the_embeddings(self, tmp_path: Path, plain: Tokenizer) -> None:
         save(tmp_path / "base", plain, 0)
