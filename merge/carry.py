@@ -9,8 +9,8 @@ from typing import Any
 
 from ggez_merge.checkpoint import FLOATS, Checkpoint
 from ggez_merge.errors import Failed, Problem
-from ggez_merge.outputs import Output
 from ggez_merge.recipe import ModelReference, Recipe
+from ggez_merge.shards import Entry
 
 CARRIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab", ".bpe")
 CARRIED_STEMS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
@@ -25,18 +25,42 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "spiece.model",
 )
+OF_TOKENS = (
+    *TOKENIZER_FILES,
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json"),
+    *("chat_template.jinja", "chat_template.json"),
+)
+VOCABULARY_SUFFIXES = (".model", ".tiktoken", ".spm", ".vocab", ".bpe")
 TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 
-def carried_files(checkpoint: Checkpoint, code: bool = False) -> list[str]:
-    """Names, relative to the checkpoint's folder, of the files to copy; custom code only if asked for."""
-    folder = checkpoint.folder
+def carried_files(checkpoint: Checkpoint, code: bool = False, tokenizer: Path | None = None) -> dict[str, Path]:
+    """The files to copy, by their names in the output; custom code only if asked for.
+
+    Those that speak of tokens are from the folder `tokenizer`, if it is given; all others are the checkpoint's.
+    """
+    own = _carried(checkpoint.folder, code)
+    if tokenizer is None or tokenizer == checkpoint.folder:
+        return own
+    theirs = _carried(tokenizer, code)
+    return {
+        **{name: path for name, path in own.items() if not _of_tokens(name)},
+        **{name: path for name, path in theirs.items() if _of_tokens(name)},
+    }
+
+
+def _of_tokens(name: str) -> bool:
+    """Whether a file belongs to the tokenizer: it holds tokens, or numbers of tokens."""
+    return name in OF_TOKENS or name.endswith(VOCABULARY_SUFFIXES) or name.startswith(CARRIED_FOLDERS)
+
+
+def _carried(folder: Path, code: bool) -> dict[str, Path]:
     if not (folder / "config.json").exists():
-        return []  # a bare .safetensors file among others: nothing there is known to be its own
+        return {}  # a bare .safetensors file among others: nothing there is known to be its own
     names = [path.name for path in sorted(folder.iterdir()) if path.is_file() and _travels(path.name, code)]
     for sub in CARRIED_FOLDERS:
         names += [f"{sub}/{path.name}" for path in sorted((folder / sub).glob("*.jinja")) if path.is_file()]
-    return names
+    return {name: folder / name for name in names}
 
 
 def content(path: Path) -> bytes:
@@ -53,12 +77,12 @@ def _travels(name: str, code: bool) -> bool:
     return name.endswith(CARRIED_SUFFIXES) or name.startswith(CARRIED_STEMS) or (code and name.endswith(".py"))
 
 
-def updated_config(config: dict[str, Any], outputs: list[Output]) -> dict[str, Any]:
+def updated_config(config: dict[str, Any], entries: list[Entry]) -> dict[str, Any]:
     """The config with `dtype` / `torch_dtype` as the weights now are, wherever it states them."""
     numbers: Counter[str] = Counter()
-    for output in outputs:
-        if output.entry.dtype in FLOATS:
-            numbers[output.entry.dtype] += output.entry.nbytes
+    for entry in entries:
+        if entry.dtype in FLOATS:
+            numbers[entry.dtype] += entry.nbytes
     if not numbers:
         return config
     name = TORCH_NAMES[numbers.most_common(1)[0][0]]
@@ -89,42 +113,14 @@ def config_bytes(config: dict[str, Any]) -> bytes:
 
 def tokenizer_note(recipe: Recipe, layout: Checkpoint, checkpoints: dict[ModelReference, Checkpoint]) -> list[str]:
     """A word where inputs have another tokenizer than the base and the recipe does not say that it knows."""
-    if recipe.tokenizer_source is not None:
+    if recipe.tokenizer is not None:
         return []
-    names = [c.reference for c in checkpoints.values() if _differs(c, layout)]
+    names = [c.reference for c in checkpoints.values() if not same_tokenizer(c, layout)]
     if not names:
         return []
     return [
         f"{', '.join(dict.fromkeys(names))} has other tokenizer files than {layout.reference}: embeddings are merged "
-        "row by row, and the latter's files are carried (`tokenizer_source: base` says that this is meant)"
-    ]
-
-
-def check_tokenizer(recipe: Recipe, layout: Checkpoint, checkpoints: dict[ModelReference, Checkpoint]) -> list[Problem]:
-    """`tokenizer_source` can be followed as long as all tokenizers are the same: rows are merged by position."""
-    wanted = recipe.tokenizer_source
-    if wanted is None or wanted == "base":
-        return []
-    named = [c for reference, c in checkpoints.items() if wanted == "union" or str(reference) == wanted]
-    if not named:
-        return [
-            Problem(
-                f"tokenizer_source names no model of the recipe: {wanted!r}",
-                place=recipe.place("tokenizer_source"),
-                expected="base, union, or one of " + ", ".join(str(reference) for reference in checkpoints),
-            )
-        ]
-    different = [c.reference for c in named if _differs(c, layout)]
-    if not different:
-        return []
-    return [
-        Problem(
-            "the tokenizers differ, and embeddings of different vocabularies cannot be merged row by row",
-            place=recipe.place("tokenizer_source"),
-            expected=f"the tokenizer files of {layout.reference}",
-            found=", ".join(different),
-            remedy="give every model one tokenizer first, or use `tokenizer_source: base` if only its files matter",
-        )
+        "row by row, and the latter's files are carried (`tokenizer: {source: base}` goes by token)"
     ]
 
 
@@ -144,10 +140,10 @@ def check_chat_template(recipe: Recipe) -> list[Problem]:
     ]
 
 
-def _differs(one: Checkpoint, other: Checkpoint) -> bool:
-    """Whether it has a tokenizer, and another than the other."""
+def same_tokenizer(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether it has the other's tokenizer files, or none of its own."""
     theirs = _tokenizer(one.folder)
-    return any(theirs) and theirs != _tokenizer(other.folder)
+    return not any(theirs) or theirs == _tokenizer(other.folder)
 
 
 def _tokenizer(folder: Path) -> list[bytes | None]:

@@ -47,7 +47,7 @@ def describe(plan: Plan, device: Device, size: Sizing, copy_code: bool) -> dict[
         ],
         "dtypes": sorted({output.entry.dtype for output in plan.outputs}),
         "shards": [{"file": shard.name, "bytes": shard.size} for shard in plan.shards],
-        "files_carried": carried_files(plan.layout, copy_code),
+        "files_carried": list(carried_files(plan.layout, copy_code, plan.tokenizer)),
         "read_bytes": plan.read_bytes,
         "measure_bytes": plan.measure_bytes,
         "write_bytes": plan.write_bytes,

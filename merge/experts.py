@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ggez_merge.checkpoint import Tensor
+from ggez_merge.checkpoint import Tensor, joined
 from ggez_merge.conversions import NOTHING, Conversions
 from ggez_merge.names import Rule
 
@@ -47,13 +47,8 @@ def refit(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], known: Conve
             continue
         for name in pieces:
             del tensors[only_theirs[name]]
-        n_bytes = sum(piece.nbytes for piece in pieces.values())
-        tensors[only_ours[fused]] = replace(
-            next(iter(pieces.values())),
-            shape=ours[only_ours[fused]].shape,
-            nbytes=n_bytes,
-            parts=tuple(pieces.values()),
-        )
+        first, *_ = parts = list(pieces.values())
+        tensors[only_ours[fused]] = joined(first, ours[only_ours[fused]].shape, parts)
         counted[folded(only_theirs[name] for name in pieces), folded([only_ours[fused]])] += len(pieces)
     return Refitted(tensors, tuple(Rule(a, b, n, whole=True) for (a, b), n in counted.items()))
 

@@ -7,8 +7,10 @@ import os
 import stat
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 from xxhash import xxh3_128
 
@@ -58,7 +60,8 @@ _WRITE_AGAIN = "write the file again with the safetensors library"
 class Tensor:
     """One tensor in a file, row-major and little-endian; `offset` is in bytes from the start of the file.
 
-    A tensor that was put together from others has them as its `parts`, whose bytes follow each other.
+    A tensor that was put together from others has them as its `parts`, whose bytes follow each other; `starts` is the
+    first byte of each. One that `averages` is instead the mean of its parts, element by element, and zero without any.
     """
 
     name: str
@@ -68,6 +71,8 @@ class Tensor:
     offset: int
     nbytes: int
     parts: tuple[Tensor, ...] = ()
+    starts: tuple[int, ...] = ()
+    averages: bool = False
 
     @property
     def numel(self) -> int:
@@ -77,7 +82,20 @@ class Tensor:
     @property
     def extents(self) -> tuple[Tensor, ...]:
         """Where its bytes lie: in one place, unless it has parts."""
-        return self.parts or (self,)
+        return (self,) if self.averages else self.parts or (self,)
+
+    @property
+    def places(self) -> list[Any]:
+        """All that says which bytes it is made of, as JSON can hold it."""
+        if self.averages:
+            return [[self.dtype, self.nbytes, part.places] for part in self.parts] or [[self.dtype, self.nbytes]]
+        return [[str(x.file), x.offset] if not x.averages else x.places for x in self.extents]
+
+
+def joined(like: Tensor, shape: tuple[int, ...], parts: Sequence[Tensor]) -> Tensor:
+    """The tensor that `parts` are when their bytes follow each other, named as `like`."""
+    *starts, nbytes = accumulate((part.nbytes for part in parts), initial=0)
+    return replace(like, dtype=parts[0].dtype, shape=shape, nbytes=nbytes, parts=tuple(parts), starts=tuple(starts))
 
 
 @dataclass(frozen=True)
@@ -88,6 +106,14 @@ class ShardFile:
     size: int
     mtime_ns: int
     header_hash: str
+
+
+def promoted(tensors: Sequence[Tensor]) -> str:
+    """The dtype that holds all of these: theirs if they agree, F32 for a mix of 16-bit floats, else the widest."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) == 1:
+        return dtypes.pop()
+    return "F64" if "F64" in dtypes else "F32"
 
 
 def read_shard_header(path: Path) -> tuple[list[Tensor], dict[str, str], ShardFile]:

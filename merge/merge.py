@@ -76,11 +76,11 @@ def _write_files(plan: Plan, outcome: Outcome, staging: Staging, copy_code: bool
         staging.write_file(name, raw)
         files[name] = {"bytes": len(raw), "xxh3_128": xxh3_128(raw).hexdigest()}
 
-    for name in carried_files(plan.layout, copy_code):
+    for name, path in carried_files(plan.layout, copy_code, plan.tokenizer).items():
         if name != "config.json":
-            put(name, content(plan.layout.folder / name))
+            put(name, plan.files[name] if name in plan.files else content(path))
     if plan.config is not None:
-        put("config.json", config_bytes(updated_config(plan.config, list(plan.outputs))))
+        put("config.json", config_bytes(updated_config(plan.config, plan.entries)))
     if plan.recipe.chat_template not in (None, "auto"):
         put("chat_template.jinja", str(plan.recipe.chat_template).encode())
     if len(plan.shards) > 1:

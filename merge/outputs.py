@@ -13,17 +13,20 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, Literal
 
 from ggez_merge.align import Renaming, align
-from ggez_merge.checkpoint import FLOATS, ITEM_BITS, SCALED, Checkpoint, Tensor
+from ggez_merge.checkpoint import FLOATS, ITEM_BITS, SCALED, Checkpoint, Tensor, promoted
 from ggez_merge.components import component, layer, rename_layer
 from ggez_merge.depth import layer_counts, restate_depth
 from ggez_merge.errors import Problem
+from ggez_merge.heads import resolve_heads
 from ggez_merge.methods.method import Job, Method
 from ggez_merge.names import grouped
 from ggez_merge.recipe import ModelReference, Module, Recipe, Slice
 from ggez_merge.resolve import Resolver, gradient_position, some
+from ggez_merge.rows import Rows, align_rows
 from ggez_merge.shards import Entry
 from ggez_merge.untrusted import printable
 
@@ -70,6 +73,8 @@ class Assembled:
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     renamings: tuple[Renaming, ...] = ()
+    tokenizer: Path | None = None  # the folder that its tokenizer files come from
+    files: dict[str, bytes] = field(default_factory=dict)  # those of them that are written anew
 
 
 def assemble(recipe: Recipe, method: Method, checkpoints: Mapping[ModelReference, Checkpoint]) -> Assembled:
@@ -81,7 +86,12 @@ def assemble(recipe: Recipe, method: Method, checkpoints: Mapping[ModelReference
     aligned = align(layout, checkpoints)
     assembled.renamings = aligned.renamings
     assembled.problems.extend(aligned.problems)
-    _Assembler(recipe, method, aligned.checkpoints, assembled).run()
+    home, inputs, notes = resolve_heads(layout, aligned.checkpoints, assembled.config)
+    assembled.notes.extend(notes)
+    rows = align_rows(recipe, home, inputs, assembled.config)
+    assembled.problems.extend(rows.problems)
+    assembled.tokenizer, assembled.files = rows.tokenizer, rows.files
+    _Assembler(recipe, method, rows, assembled).run()
     return assembled
 
 
@@ -90,12 +100,13 @@ class _Assembler:
         self,
         recipe: Recipe,
         method: Method,
-        checkpoints: Mapping[ModelReference, Checkpoint],
+        rows: Rows,
         assembled: Assembled,
     ) -> None:
         self.recipe = recipe
         self.method = method
-        self.checkpoints = checkpoints
+        self.checkpoints = rows.checkpoints
+        self.layout = rows.layout
         self.result = assembled
         self.resolver = Resolver(recipe, method)
         assembled.given = frozenset(self.resolver.given())
@@ -182,7 +193,7 @@ class _Assembler:
 
     def _all_names(self) -> list[str]:
         """The layout's names in its order, then what only other inputs have."""
-        inputs = [self.result.layout, *(self.checkpoints[reference] for reference in self._taking_part())]
+        inputs = [self.layout, *(self.checkpoints[reference] for reference in self._taking_part())]
         return list(dict.fromkeys(name for checkpoint in inputs for name in checkpoint.tensors))
 
     def _taking_part(self) -> list[ModelReference]:
@@ -244,7 +255,7 @@ class _Assembler:
 
     def _stack(self, module: Module, names: list[str]) -> None:
         """Layers of the slices one after the other; embeddings as the first slice has them, the rest as the last."""
-        depth = layer_counts(name for name in names if name in self.result.layout.tensors)
+        depth = layer_counts(name for name in names if name in self.layout.tensors)
         if len(depth) != 1:
             self.result.problems.append(
                 Problem(
@@ -280,7 +291,7 @@ class _Assembler:
                         self._place(name, wanted, module, piece, t)
                 order.append(begin + offset)
         if self.result.config is not None:
-            config_path = str(self.result.layout.folder / "config.json")
+            config_path = str(self.layout.folder / "config.json")
             self.result.problems.extend(restate_depth(self.result.config, config_path, prefix, old_count, order))
 
     def _ranged(self, piece: Slice) -> list[tuple[ModelReference, int]]:
@@ -332,20 +343,18 @@ class _Assembler:
             self.scaled[(str(tensor.file), tensor.dtype)].append(name)
         if scaled:
             return
-        witness = self.result.layout.tensors.get(name)
+        witness = self.layout.tensors.get(name)
         stacked = any(source.layer_range for source in piece.sources)
         if len(found) == len(tensors) and (witness is not None or stacked):
             self._add(name, found, module, piece, t)
             return
         lacking = {str(r): own for (r, own), tensor in zip(wanted, tensors, strict=True) if tensor is None}
         if witness is None and not stacked:
-            lacking.setdefault(self.result.layout.reference, name)
+            lacking.setdefault(self.layout.reference, name)
         origin = found[0] if found else witness
         if origin is None:
             return
-        owner = next(
-            (str(r) for (r, _), x in zip(wanted, tensors, strict=True) if x is origin), self.result.layout.reference
-        )
+        owner = next((str(r) for (r, _), x in zip(wanted, tensors, strict=True) if x is origin), self.layout.reference)
         if self.recipe.missing == "copy":
             self._copy(name, origin, f"copied from {owner}: {', '.join(lacking)} has no such tensor")
         for reference, own in lacking.items():
@@ -361,7 +370,7 @@ class _Assembler:
                     tensor=name,
                     expected=f"{list(tensors[0].shape)} as in {tensors[0].file}",
                     found=", ".join(f"{list(x.shape)} in {x.file}" for x in tensors if x.shape != tensors[0].shape),
-                    remedy="resize the embeddings of one model to the other's vocabulary first" if vocabulary else None,
+                    remedy="`tokenizer: {source: base}` merges rows by token" if vocabulary else None,
                 )
             )
             return
@@ -427,14 +436,6 @@ class _Assembler:
                     remedy="make bfloat16 of them first: ggez_merge.dequantize(weight, scale)",
                 )
             )
-
-
-def promoted(tensors: Sequence[Tensor]) -> str:
-    """The dtype that holds all of these: theirs if they agree, F32 for a mix of 16-bit floats, else the widest."""
-    dtypes = {tensor.dtype for tensor in tensors}
-    if len(dtypes) == 1:
-        return dtypes.pop()
-    return "F64" if "F64" in dtypes else "F32"
 
 
 def _entry(name: str, dtype: str, shape: tuple[int, ...]) -> Entry:

@@ -18,7 +18,7 @@ from typing import Any
 
 from ggez_merge import __version__
 from ggez_merge.align import Renaming
-from ggez_merge.carry import check_chat_template, check_tokenizer, tokenizer_note
+from ggez_merge.carry import check_chat_template, tokenizer_note
 from ggez_merge.check import nearest
 from ggez_merge.checkpoint import ITEM_BITS, Checkpoint, open_checkpoint
 from ggez_merge.errors import Problem, Refused
@@ -45,6 +45,8 @@ class Plan:
     given: frozenset[str]
     notes: tuple[str, ...]
     renamings: tuple[Renaming, ...]
+    tokenizer: Path | None  # the folder that tokenizer files are copied from, the layout's if None
+    files: dict[str, bytes]  # those of them that are written anew
 
     @cached_property
     def entries(self) -> list[Entry]:
@@ -89,6 +91,7 @@ class Plan:
             "nonfinite": self.recipe.nonfinite,
             "config": self.config,
             "chat_template": self.recipe.chat_template,
+            "tokenizer": [str(self.tokenizer), {name: raw.decode() for name, raw in self.files.items()}],
             "inputs": [
                 [str(file.path), file.size, file.mtime_ns, file.header_hash]
                 for checkpoint in self.checkpoints
@@ -99,7 +102,7 @@ class Plan:
                     output.entry.name,
                     output.entry.dtype,
                     output.action,
-                    [[str(at.file), at.offset] for tensor in output.inputs for at in tensor.extents],
+                    [place for tensor in output.inputs for place in tensor.places],
                     [dict(output.job.shared), [dict(model) for model in output.job.models]] if output.job else None,
                 ]
                 for output in self.outputs
@@ -130,7 +133,6 @@ def make_plan(recipe: Recipe, out: Path | None = None) -> Plan:
     )
     if not assembled.outputs and not problems:
         problems.append(Problem("nothing to merge: the inputs hold no tensors", place=assembled.layout.reference))
-    problems.extend(check_tokenizer(recipe, assembled.layout, checkpoints))
     problems.extend(check_chat_template(recipe))
     problems.extend(_space(folder, sum(shard.size for shard in shards)))
     if problems:
@@ -147,6 +149,8 @@ def make_plan(recipe: Recipe, out: Path | None = None) -> Plan:
         given=assembled.given,
         notes=(*assembled.notes, *tokenizer_note(recipe, assembled.layout, checkpoints)),
         renamings=assembled.renamings,
+        tokenizer=assembled.tokenizer,
+        files=assembled.files,
     )
 
 

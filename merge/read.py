@@ -5,7 +5,9 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 
@@ -16,6 +18,7 @@ from xxhash import xxh3_128
 from ggez_merge.checkpoint import ShardFile, Tensor
 from ggez_merge.errors import Failed
 
+AVERAGED = 1 << 15  # elements at a time: their sums stay small beside the buffers
 ALIGNMENT = 4096  # what direct IO needs, and more than any vector unit asks for
 NUMPY_DTYPE = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -77,13 +80,32 @@ class Files:
 
     def read(self, tensor: Tensor, start_byte: int, view: memoryview) -> None:
         """Fill `view` with the tensor's bytes from `start_byte` on."""
-        at = start_byte
-        for part in tensor.extents:
+        first = max(bisect_right(tensor.starts, start_byte) - 1, 0)
+        at = start_byte - (tensor.starts[first] if tensor.starts else 0)
+        for part in islice(tensor.extents, first, None):
             n = min(part.nbytes - at, len(view))
-            if n > 0:
+            if n > 0 and part.averages:
+                self._average(part, at, view[:n])
+            elif n > 0:
                 read_exactly(self._descriptor(part.file), view[:n], part.offset + at, part.file)
-                view = view[n:]
-            at = max(at - part.nbytes, 0)
+            view = view[max(n, 0) :]
+            at = 0
+            if not view:
+                return
+
+    def _average(self, tensor: Tensor, start_byte: int, view: memoryview) -> None:
+        """The mean of its parts, which may be of other dtypes: summed in float64, then rounded."""
+        dtype = NUMPY_DTYPE[tensor.dtype]
+        out = np.frombuffer(view, dtype)
+        first = start_byte // dtype.itemsize
+        for at in range(0, len(out), AVERAGED):
+            total = np.zeros(min(AVERAGED, len(out) - at))
+            for part in tensor.parts:
+                theirs = NUMPY_DTYPE[part.dtype]
+                read = bytearray(len(total) * theirs.itemsize)
+                self.read(part, (first + at) * theirs.itemsize, memoryview(read))
+                total += np.frombuffer(read, theirs).astype(np.float64)
+            out[at : at + len(total)] = (total / max(len(tensor.parts), 1)).astype(dtype)
 
     def check_unchanged(self) -> None:
         """Raise Failed if any file changed since the plan was made."""

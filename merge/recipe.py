@@ -24,6 +24,7 @@ from ggez_merge.check import Check, listed, nearest
 from ggez_merge.errors import Problem, Refused
 from ggez_merge.parameters import Filtered, Scalar, Value, read_parameters
 from ggez_merge.reference import ModelReference, read_path, read_reference, resolve_path
+from ggez_merge.tokenizer import Tokenizer, read_tokenizer
 from ggez_merge.units import parse_bytes
 from ggez_merge.yaml_lines import MAX_BYTES, Document, Where, decode, parse
 
@@ -49,11 +50,11 @@ DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F6
 SWEEP_KEYS = ("sweep", "evaluate", "select")  # for `ggez-merge sweep`; a merge passes over them
 RECIPE_KEYS = (
     *("merge_method", "base_model", "models", "slices", "modules", "parameters", "components"),
-    *("dtype", "out_dtype", "tokenizer_source", "chat_template", "nonfinite", "missing", "buffers", "output"),
+    *("dtype", "out_dtype", "tokenizer", "tokenizer_source", "chat_template"),
+    *("nonfinite", "missing", "buffers", "output"),
     *SWEEP_KEYS,
 )
 RECIPE_UNSUPPORTED = {
-    "tokenizer": "use `tokenizer_source: base`",
     "name": "remove it: it names one of several merges in a file, and this file is one merge",
 }
 MODEL_KEYS = ("model", "parameters")
@@ -112,7 +113,7 @@ class Recipe:
     components: dict[str, dict[str, Value]]
     dtype: str | None
     out_dtype: str | None
-    tokenizer_source: str | None
+    tokenizer: Tokenizer | None
     chat_template: str | None
     nonfinite: str  # "error" or "allow"
     missing: str  # "error" or "copy"
@@ -172,7 +173,7 @@ def _read(check: Check, text: str) -> Recipe:
         },
         dtype=_dtype(check, ("dtype",), top.get("dtype")),
         out_dtype=_dtype(check, ("out_dtype",), top.get("out_dtype")),
-        tokenizer_source=read_path(check, ("tokenizer_source",), top.get("tokenizer_source")),
+        tokenizer=read_tokenizer(check, top),
         chat_template=check.text(("chat_template",), top.get("chat_template")),
         nonfinite=check.choice(("nonfinite",), top.get("nonfinite"), ("error", "allow"), absent="error"),
         missing=check.choice(("missing",), top.get("missing"), ("error", "copy"), absent="error"),

@@ -137,18 +137,18 @@ class TestTokenizers:
             (pair / "one" / name).write_bytes((pair / "base" / name).read_bytes())
         assert plan_of(pair, INTERPOLATE, overrides=[f"tokenizer_source={source}"])
 
-    @pytest.mark.parametrize("source", ["union", "one"])
-    def test_different_ones_are_refused(self, source: str, pair: Path) -> None:
+    @pytest.mark.parametrize("source", ["union", "one", "base"])
+    def test_those_that_cannot_be_read_are_refused(self, source: str, pair: Path) -> None:
         (pair / "one" / "tokenizer.json").write_text('{"model": 2}')
+        (pair / "one" / "config.json").write_text("{}")
         (problem,) = refusals(pair, INTERPOLATE, [f"tokenizer_source={source}"])
-        assert problem.what.startswith("the tokenizers differ")
-        assert problem.found == "one"
+        assert problem.what.startswith("the vocabulary cannot be read")
+        assert problem.place == str(pair / "base" / "tokenizer.json")
 
-    def test_different_ones_are_worth_a_note_unless_the_recipe_knows(self, pair: Path) -> None:
+    def test_different_ones_are_worth_a_note(self, pair: Path) -> None:
         (pair / "one" / "tokenizer.json").write_text('{"model": 2}')
         (note,) = plan_of(pair, INTERPOLATE).notes
         assert note.startswith("one has other tokenizer files than base")
-        assert plan_of(pair, INTERPOLATE, overrides=["tokenizer_source=base"]).notes == ()
 
     def test_a_model_that_is_none_of_the_recipes(self, pair: Path) -> None:
         (problem,) = refusals(pair, INTERPOLATE, ["tokenizer_source=two"])

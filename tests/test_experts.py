@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from merging import INTERPOLATE, LITTLE_MEMORY, TIES, arrays, merged, refusals, scratch
 
-from ggez_merge.checkpoint import open_checkpoint
+from ggez_merge.checkpoint import joined, open_checkpoint
 from ggez_merge.read import Files
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -113,8 +113,8 @@ def test_parts_read_as_one(sizes: list[int], data: st.DataObject) -> None:
     with scratch() as folder:
         write_checkpoint(folder, {f"t{i}": array for i, array in enumerate(raw)})
         checkpoint = open_checkpoint(str(folder))
-        parts = tuple(checkpoint.tensors[f"t{i}"] for i in range(len(raw)))
-        whole = parts[0].__class__("t", "U8", (sum(sizes),), parts[0].file, parts[0].offset, sum(sizes), parts)
+        parts = [checkpoint.tensors[f"t{i}"] for i in range(len(raw))]
+        whole = joined(parts[0], (sum(sizes),), parts)
         begin = data.draw(st.integers(0, sum(sizes)))
         end = data.draw(st.integers(begin, sum(sizes)))
         view = memoryview(bytearray(end - begin))

@@ -91,7 +91,7 @@ class TestInputs:
         assert (norm.tensor, head.tensor) == ("model.norm.weight", "lm_head.weight")
         assert head.expected == f"[11, 4] as in {trio / 'base/model.safetensors'}"
         assert head.found == f"[12, 4] in {trio / 'one/model.safetensors'}"
-        assert "vocabulary" in str(head.remedy)
+        assert "tokenizer: {source: base}" in str(head.remedy)
 
     @pytest.mark.parametrize("other", [np.int32, np.uint8, np.float32, ml_dtypes.float8_e4m3fnuz])
     def test_dtypes_of_what_cannot_be_averaged_differ(self, other: Any, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from ggez_merge.recipe import (
     parse_recipe,
     resolve_path,
 )
+from ggez_merge.tokenizer import Tokenizer
 
 # Recipes as people write them for mergekit, one per form of the dialect.
 LINEAR = """\
@@ -218,7 +219,7 @@ def test_modules() -> None:
     assert vision.slices[0].where == ("modules", "vision_tower", "models")
     assert vision.slices[0].sources[0].where == ("modules", "vision_tower", "models", 0)
     assert (recipe.dtype, recipe.out_dtype) == (None, "BF16")
-    assert (recipe.tokenizer_source, recipe.chat_template) == ("base", "auto")
+    assert (recipe.tokenizer, recipe.chat_template) == (Tokenizer("base", ("tokenizer_source",)), "auto")
 
 
 def test_our_keys() -> None:
@@ -236,7 +237,7 @@ def test_defaults() -> None:
     assert (recipe.nonfinite, recipe.missing, recipe.buffers) == ("error", "error", "error")
     assert recipe.output == Output(None, 5_000_000_000)
     assert (recipe.parameters, recipe.components) == ({}, {})
-    assert recipe.dtype is recipe.out_dtype is recipe.tokenizer_source is recipe.chat_template is None
+    assert recipe.dtype is recipe.out_dtype is recipe.tokenizer is recipe.chat_template is None
     assert (recipe.base_model, recipe.path) == (None, None)
 
 
@@ -305,7 +306,7 @@ def test_variables_and_home_in_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     assert recipe.base_model == ModelReference("/data/models/base")
     assert [str(source.model) for source in sources(recipe)] == ["/data/modelsx/a@v1", "/home/me/b"]
     assert recipe.output.path == "/home/me//data/models"
-    assert recipe.tokenizer_source == "/data/models/base"
+    assert recipe.tokenizer == Tokenizer("/data/models/base", ("tokenizer_source",))
     assert recipe.chat_template == "$MODELS"
     assert recipe.text == text
 
@@ -358,7 +359,16 @@ VALUE = SHORT + "parameters:\n  weight: "
         (SHORT + "weight: 1", 4, "put it under `parameters`"),
         (SHORT + "output:\n  shardsize: 5GB", 5, "did you mean `shard_size`?"),
         (SHORT + "name: x", 4, "one merge"),
-        (SHORT + "tokenizer: {source: union}", 4, "tokenizer_source: base"),
+        (SHORT + "tokenizer: {sauce: union}", 4, "did you mean `source`?"),
+        (SHORT + "tokenizer: {source: base}\ntokenizer_source: base", 5, "exactly one of"),
+        (SHORT + "tokenizer: {pad_to_multiple_of: 0}", 4, "no number of rows"),
+        (SHORT + "tokenizer: {pad_to_multiple_of: true}", 4, "no number of rows"),
+        (SHORT + "tokenizer: {tokens: {x: {force: 1}}}", 4, "true or false"),
+        (SHORT + "tokenizer: {tokens: {x: {source: {kind: one}}}}", 4, "`kind` must be one of"),
+        (SHORT + "tokenizer: {tokens: {x: {source: {kind: zero, model: a}}}}", 4, "`model` is not a key here"),
+        (SHORT + "tokenizer: {tokens: {x: {source: {model: a}}}}", 4, "exactly one of"),
+        (SHORT + "tokenizer: {tokens: {x: {source: {model: a, token_id: x}}}}", 4, "does not name a token"),
+        (SHORT + "tokenizer: {tokens: {x: {source: {token_id: 3}}}}", 4, "`model` is missing"),
         (SHORT + "    layer_range: [0, 4]", 4, "use `slices`"),
         (SLICE + "[0, 1]\n  residual_weight: 1", 6, "does nothing"),
         (SHORT + "base_model:\n  model: {path: a}\n  lora: {path: b}", 6, "merge the adapter"),
