@@ -73,7 +73,7 @@ def counterpart(layout: Checkpoint, checkpoint: Checkpoint) -> Counterpart:
 def part(name: str) -> str | None:
     """The component, where its words say it: any stack of layers may be of any model."""
     found = component(name)
-    return None if found in ("language model", "encoder", "decoder", "embeddings", "other") else found
+    return None if found in ("language_model", "encoder", "decoder", "embeddings", "other") else found
 
 
 def _problems(layout: Checkpoint, checkpoint: Checkpoint, found: Match) -> Iterable[Problem]:

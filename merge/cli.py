@@ -188,6 +188,33 @@ def diff(
             diff.show(result, _console())
 
 
+recipes = typer.Typer(invoke_without_command=True)
+app.add_typer(recipes, name="recipes")
+
+
+@recipes.callback()
+def list_recipes(context: typer.Context) -> None:
+    """List the ready recipes; `recipes copy NAME` gives one to edit."""
+    if context.invoked_subcommand is None:
+        from ggez_merge.ready import titles
+
+        table = titles()
+        width = max(map(len, table))
+        print("\n".join(f"{name:<{width}}  {title}" for name, title in table.items()))
+
+
+@recipes.command(name="copy")
+def copy_recipe(
+    name: Annotated[str, typer.Argument(help="As `ggez-merge recipes` lists it.")],
+    dest: Annotated[Path | None, typer.Argument(help="A new file, or a folder; by default ./NAME.yaml.")] = None,
+) -> None:
+    """Copy a ready recipe to a new file."""
+    with _errors_for_people():
+        from ggez_merge.ready import copy
+
+        print(copy(name, dest))
+
+
 bench = typer.Typer(no_args_is_help=True, help="Measure how fast kernels and whole merges are on this machine.")
 app.add_typer(bench, name="bench")
 _CSV = typer.Option("--csv", help="Append the results to this file.")

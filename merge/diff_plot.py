@@ -17,18 +17,21 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, distinct also to the colour-blind: the same for the same component in every plot, and
 # different for components that one model has together.
 _COLOURS = {
-    "vision tower": "#0072B2",
-    "audio tower": "#56B4E9",
+    "vision_tower": "#0072B2",
+    "audio_tower": "#56B4E9",
     "projector": "#E69F00",
     "embeddings": "#009E73",
     "encoder": "#56B4E9",
     "decoder": "#D55E00",
-    "language model": "#D55E00",
-    "lm head": "#CC79A7",
-    "text encoder": "#D55E00",
+    "language_model": "#D55E00",
+    "lm_head": "#CC79A7",
+    "text_encoder": "#D55E00",
+    "text_encoder_2": "#E69F00",
+    "text_encoder_3": "#CC79A7",
     "projection": "#E69F00",
-    "logit scale": "#CC79A7",
+    "logit_scale": "#CC79A7",
     "unet": "#0072B2",
+    "transformer": "#0072B2",
     "vae": "#009E73",
     "other": "#888888",
 }

@@ -6,16 +6,19 @@ from typing import Any
 
 from ggez_merge.backend import Device
 from ggez_merge.carry import carried_files
+from ggez_merge.components import unrecognised
 from ggez_merge.plan import Plan, free_bytes
 from ggez_merge.run import HASH_BUFFER_BYTES, Sizing
 from ggez_merge.summary import groups, renamings
 from ggez_merge.units import readable_bytes
+from ggez_merge.untrusted import printable
 
 PROGRAM_BYTES = 150_000_000  # Python, numpy and the compiled kernels, as measured; buffers come on top
 
 
 def describe(plan: Plan, device: Device, size: Sizing, copy_code: bool) -> dict[str, Any]:
     """The plan as plain data (bytes and counts as numbers), the content of `--dry-run --json`."""
+    unknown = unrecognised(entry.name for entry in plan.entries)
     return {
         "method": plan.method.name,
         "output": str(plan.folder),
@@ -56,7 +59,7 @@ def describe(plan: Plan, device: Device, size: Sizing, copy_code: bool) -> dict[
         "threads": size.threads,
         "block_bytes": size.block_bytes,
         "free_bytes": free_bytes(plan.folder),
-        "notes": list(plan.notes),
+        "notes": [*plan.notes, *([unknown] if unknown else [])],
     }
 
 
@@ -87,7 +90,7 @@ def show(said: dict[str, Any]) -> None:
     table = Table("component", "reached by", "parameters", "tensors", "elements", "size", box=box.SIMPLE_HEAD)
     for group in said["groups"]:
         table.add_row(
-            group["component"],
+            Text(printable(group["component"])),
             Text(group["via"]),
             Text(group["parameters"]),
             f"{group['tensors']:,}",

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ggez_merge.checkpoint import Checkpoint, Tensor
-from ggez_merge.components import COMPONENTS, component, layer
+from ggez_merge.components import COMPONENTS, is_norm, layer, split, unrecognised
 from ggez_merge.units import readable_bytes
 from ggez_merge.untrusted import printable
 
@@ -27,7 +27,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Part:
-    """The tensors of one component in one dtype."""
+    """The tensors of one component in one dtype. `component` is the name, or the glob, that selects it in a recipe."""
 
     component: str
     dtype: str
@@ -46,7 +46,12 @@ class Stack:
 
 @dataclass(frozen=True)
 class Summary:
-    """A checkpoint in numbers. `architecture` is what its config.json says, None if it says nothing."""
+    """A checkpoint in numbers.
+
+    `architecture` is what its config.json says, None if it says nothing. `norms` are the normalisation layers, which
+    `parts` count as well, under the component that each lies in. `unrecognised` is a remark on the tensors that
+    belong to no known component.
+    """
 
     reference: str
     revision: str | None
@@ -57,6 +62,8 @@ class Summary:
     size: Size
     dtypes: dict[str, Size]
     parts: tuple[Part, ...]
+    norms: Size
+    unrecognised: str | None
     stacks: tuple[Stack, ...]
     tensors: tuple[Tensor, ...]
 
@@ -68,8 +75,9 @@ def summarise(checkpoint: Checkpoint) -> Summary:
     stacks: dict[tuple[str, str], list[Tensor]] = {}
     dtypes: dict[str, list[Tensor]] = {}
     layers: dict[tuple[str, str], set[int]] = {}
+    labels = split(checkpoint.tensors)
     for tensor in tensors:
-        of = component(tensor.name)
+        of = labels[tensor.name]
         dtypes.setdefault(tensor.dtype, []).append(tensor)
         parts.setdefault((of, tensor.dtype), []).append(tensor)
         place = layer(tensor.name)
@@ -86,6 +94,8 @@ def summarise(checkpoint: Checkpoint) -> Summary:
         size=_size(tensors),
         dtypes={dtype: _size(dtypes[dtype]) for dtype in sorted(dtypes)},
         parts=tuple(Part(*key, _size(parts[key])) for key in sorted(parts, key=_order)),
+        norms=_size(tensor for tensor in tensors if is_norm(tensor.name)),
+        unrecognised=unrecognised(checkpoint.tensors),
         stacks=tuple(Stack(*key, tuple(sorted(layers[key])), _size(stacks[key])) for key in sorted(stacks, key=_order)),
         tensors=tensors,
     )
@@ -127,14 +137,19 @@ def show(summary: Summary, console: Console, tensors: bool = False) -> None:
         console.print(Text(f"{label + ':':<14}{printable(fact)}"), soft_wrap=True)
     parts = _table(("component", "dtype"))
     for part in summary.parts:
-        parts.add_row(part.component, part.dtype, *_columns(part.size))
+        parts.add_row(Text(printable(part.component)), part.dtype, *_columns(part.size))
+    if summary.norms.n_tensors:
+        parts.add_section()
+        parts.add_row("norms (of all)", "", *_columns(summary.norms))
     console.print(parts)
     if summary.stacks:
         stacks = _table(("component", "layers"))
         for stack in summary.stacks:
             name = Text(f"{printable(stack.name)}.{_ranges(stack.layers)}", overflow="fold")
-            stacks.add_row(stack.component, name, *_columns(stack.size))
+            stacks.add_row(Text(printable(stack.component)), name, *_columns(stack.size))
         console.print(stacks)
+    if summary.unrecognised:
+        console.print(Text(f"note: {summary.unrecognised}"), soft_wrap=True)
     if tensors:
         for tensor in summary.tensors:
             line = f"{printable(tensor.name)}  {tensor.dtype} {list(tensor.shape)}  {readable_bytes(tensor.nbytes)}"
@@ -156,8 +171,9 @@ def _size(tensors: Iterable[Tensor]) -> Size:
     return Size(len(tensors), sum(t.numel for t in tensors), sum(t.nbytes for t in tensors))
 
 
-def _order(key: tuple[str, str]) -> tuple[int, str]:
-    return COMPONENTS.index(key[0]), key[1]
+def _order(key: tuple[str, str]) -> tuple[int, str, str]:
+    place = next((at for at, known in enumerate(COMPONENTS) if known == key[0]), len(COMPONENTS))
+    return (place, *key)
 
 
 def _columns(size: Size) -> tuple[str, str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 
 import torch
 
@@ -14,6 +13,7 @@ from ggez_merge.methods import METHODS
 from ggez_merge.methods.method import Job
 from ggez_merge.parameters import Scalar
 from ggez_merge.resolve import some
+from ggez_merge.selection import read_selection, remedy
 from ggez_merge.tensors import Buffers, Nonfinite, StateDict, lacking, refuse
 from ggez_merge.work import FLOATS, Work, carry_out, check_alike
 
@@ -34,10 +34,11 @@ def merge_into(
         parameter = (1 - ratio) * base + ratio * tuned       rounded once, to the parameter's own dtype
 
     What a sweep calls for each of its candidates; the same bytes as `linear`. base and tuned hold what the module's
-    `state_dict()` has, on its device, in memory of their own. ratio: a number, or a mapping of globs over those names
-    to numbers: the first match wins. Tied parameters are one tensor, under any of their names. Integers become the
-    base's; buffers that are not persistent stay as they are. The other arguments and errors as for `linear`; when NaN
-    or infinities are raised, the module has them already.
+    `state_dict()` has, on its device, in memory of their own. ratio: a number, or a mapping to numbers of what a
+    recipe's `components:` may name (components, layers of them, globs): the first that selects a tensor wins. Tied
+    parameters are one tensor, under any of their names. Integers become the base's; buffers that are not persistent
+    stay as they are. The other arguments and errors as for `linear`; when NaN or infinities are raised, the module has
+    them already.
     """
     method = METHODS["linear"]
     problems: list[Problem] = []
@@ -107,18 +108,19 @@ def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
 def _ratios(
     ratio: float | Mapping[str, float], groups: Sequence[Sequence[str]], problems: list[Problem]
 ) -> dict[str, float]:
-    """The ratio of each group of tied names, by its first name. Globs: the first that matches a name is its own."""
+    """The ratio of each group of tied names, by its first name. The first key that selects a name is its own."""
     parameter = METHODS["linear"].shared["ratio"]
-    globs = ratio if isinstance(ratio, Mapping) else {"*": ratio}
-    numbers = {glob: value_of(METHODS["linear"], "ratio", parameter, value, problems) for glob, value in globs.items()}
+    keys = ratio if isinstance(ratio, Mapping) else {"*": ratio}
+    selections = {key: read_selection(key) for key in keys}
+    numbers = {key: value_of(METHODS["linear"], "ratio", parameter, value, problems) for key, value in keys.items()}
     ratios: dict[str, float] = {}
     used: set[str] = set()
     unreached = []
     for names in groups:
-        matches = {name: next((glob for glob in globs if fnmatchcase(name, glob)), None) for name in names}
-        unreached += [name for name, glob in matches.items() if glob is None]
-        found = {numbers[glob] for glob in matches.values() if glob is not None}
-        used |= {glob for glob in matches.values() if glob is not None}
+        matches = {name: next((key for key, own in selections.items() if own.takes(name)), None) for name in names}
+        unreached += [name for name, key in matches.items() if key is None]
+        found = {numbers[key] for key in matches.values() if key is not None}
+        used |= {key for key in matches.values() if key is not None}
         if len(found) > 1:
             problems.append(
                 Problem(
@@ -133,8 +135,10 @@ def _ratios(
         problems.append(
             Problem("no ratio reaches some tensors", "ratio", some(unreached), remedy='add "*" as the last')
         )
-    for glob in globs:
-        if isinstance(ratio, Mapping) and glob not in used:
-            remedy = "of several globs that match, the first wins"
-            problems.append(Problem("a glob reaches no tensor", place="ratio", found=glob, remedy=remedy))
+    every = [name for names in groups for name in names]
+    for key, selection in selections.items() if isinstance(ratio, Mapping) else ():
+        fault = selection.fault(every)
+        if fault or key not in used:
+            what = fault or "a key reaches no tensor"
+            problems.append(Problem(what, place="ratio", found=key, remedy=remedy(selection, every)))
     return ratios

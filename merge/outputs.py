@@ -32,11 +32,11 @@ from ggez_merge.untrusted import printable
 
 Action = Literal["merge", "copy", "equal"]
 MODULE_ALIASES = {
-    "text_decoder": ("language model", "embeddings", "lm head"),
-    "language_model": ("language model", "embeddings", "lm head"),
-    "vision_tower": ("vision tower",),
-    "vision_model": ("vision tower",),
-    "vision_encoder": ("vision tower",),
+    "text_decoder": ("language_model", "embeddings", "lm_head"),
+    "language_model": ("language_model", "embeddings", "lm_head"),
+    "vision_tower": ("vision_tower",),
+    "vision_model": ("vision_tower",),
+    "vision_encoder": ("vision_tower",),
     "multi_modal_projector": ("projector",),
 }  # mergekit's names of the parts of a vision-language model -> our components
 
@@ -363,7 +363,7 @@ class _Assembler:
     def _add(self, name: str, tensors: Sequence[Tensor], module: Module, piece: Slice, t: float) -> None:
         shapes = Counter(tensor.shape for tensor in tensors)
         if len(shapes) > 1:
-            vocabulary = component(name) in ("embeddings", "lm head")
+            vocabulary = component(name) in ("embeddings", "lm_head")
             self.result.problems.append(
                 Problem(
                     "the inputs disagree on a tensor's shape",

@@ -19,6 +19,7 @@ from ggez_merge.plan import Plan
 from ggez_merge.run import Outcome, Tally
 from ggez_merge.summary import applied, groups, renamings
 from ggez_merge.units import readable_bytes
+from ggez_merge.untrusted import printable
 
 REPORT_FORMAT = 1
 METHOD_NAMES = {
@@ -144,7 +145,7 @@ def model_card(plan: Plan, name: str) -> bytes:
     ]
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", plan.recipe.text)), default=0))
     rows = [
-        _row(group.component, group.via, group.parameters, group.n_tensors, f"{group.n_elements:,}")
+        _row(printable(group.component), group.via, group.parameters, group.n_tensors, f"{group.n_elements:,}")
         for group in groups(plan)
     ]
     inputs = [_row(named(c), role(plan, c), f"{c.parameters:,}", readable_bytes(c.nbytes)) for c in plan.checkpoints]

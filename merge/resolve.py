@@ -3,6 +3,7 @@
 The first scope that gives a value wins:
     components > a model's (or slice source's) own > its slice > its module > the recipe's `parameters` > the default.
 Within a scope given as a list of filters, the first filter that is part of the tensor's name wins.
+Of several lines of `components:`, the first that selects the tensor wins.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from ggez_merge.check import nearest
 from ggez_merge.components import component, layer
@@ -18,16 +18,18 @@ from ggez_merge.errors import Problem
 from ggez_merge.methods.method import Job, Method, Parameter
 from ggez_merge.parameters import Filtered, Scalar, Value, evaluate, matching
 from ggez_merge.recipe import Module, Recipe, Slice
+from ggez_merge.selection import read_selection, remedy
 from ggez_merge.untrusted import printable
 from ggez_merge.yaml_lines import Where
 
 
 @dataclass(frozen=True)
 class Scope:
-    """One `parameters` mapping of the recipe, and where it stands."""
+    """One `parameters` mapping of the recipe, and where it stands; t: where its gradients are read, if not as usual."""
 
     where: Where
     values: Mapping[str, Value]
+    t: float | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Resolver:
     def __init__(self, recipe: Recipe, method: Method) -> None:
         self.recipe = recipe
         self.method = method
+        self._selections = {key: read_selection(key) for key in recipe.components}
+        self._names: set[str] = set()
         self._used: set[Where] = set()
         self._incomplete: set[str] = set()  # tensors that lack a required parameter
         self._faults: dict[tuple[str, str | None, str | None], list[str]] = defaultdict(list)
@@ -54,6 +58,7 @@ class Resolver:
         models: indices of the slice's sources that take part (the base among them left out); t: the tensor's place
         in its stack of layers, 0 for the first and 1 for the last, where gradients are read.
         """
+        self._names.add(name)
         line, extra = self._component(name)
         above = [
             Scope((*piece.where, "parameters"), piece.parameters),
@@ -81,10 +86,11 @@ class Resolver:
         return [*self._unknown(), *self._bad_values(), *self._unused()]
 
     def _component(self, name: str) -> tuple[str, list[Scope]]:
-        for glob, values in self.recipe.components.items():
-            if fnmatchcase(name, glob):
-                self._used.add(("components", glob))
-                return f'components "{glob}"', [Scope(("components", glob), values)]
+        for key, selection in self._selections.items():
+            if selection.takes(name):
+                self._used.add(("components", key))
+                scope = Scope(("components", key), self.recipe.components[key], selection.position(name))
+                return f'components "{key}"', [scope]
         return "parameters", []
 
     def _values(
@@ -118,14 +124,15 @@ class Resolver:
             if index is None:
                 continue
             self._used.add((*scope.where, key, index))
-            return evaluate(scope.values[key], name, t), self.recipe.place(*scope.where, key)
+            at = t if scope.t is None else scope.t
+            return evaluate(scope.values[key], name, at), self.recipe.place(*scope.where, key)
         return None, None
 
     def _scopes(self) -> Iterable[tuple[Scope, bool]]:
         """Every parameters mapping in the recipe; True for one that belongs to a single model."""
         yield Scope(("parameters",), self.recipe.parameters), False
-        for glob, values in self.recipe.components.items():
-            yield Scope(("components", glob), values), False
+        for key, values in self.recipe.components.items():
+            yield Scope(("components", key), values), False
         for module in self.recipe.modules:
             if module.where:
                 yield Scope((*module.where, "parameters"), module.parameters), False
@@ -161,12 +168,18 @@ class Resolver:
             yield Problem(what, place=place or self.recipe.place("merge_method"), tensor=some(names), found=found)
 
     def _unused(self) -> Iterable[Problem]:
-        for glob in self.recipe.components:
-            if ("components", glob) not in self._used:
+        for key, selection in self._selections.items():
+            place = self.recipe.place("components", key)
+            fault = selection.fault(self._names)
+            if fault:
                 yield Problem(
-                    f'components: "{glob}" reaches no tensor',
-                    place=self.recipe.place("components", glob),
-                    remedy="`ggez-merge inspect MODEL --tensors` lists the names; of several lines the first wins",
+                    f'components: "{key}": {fault}',
+                    place=place,
+                    remedy="name layers as `language_model.layers.0-7`, or by the stack: `unet.down_blocks.0-1`",
+                )
+            elif ("components", key) not in self._used:
+                yield Problem(
+                    f'components: "{key}" reaches no tensor', place=place, remedy=remedy(selection, self._names)
                 )
         for scope, _ in self._scopes():
             for key, value in scope.values.items():
@@ -184,19 +197,23 @@ class Resolver:
 def gradient_position(name: str, n_layers: Mapping[str, int]) -> float:
     """Where a tensor stands in its stack of layers: i / (L - 1) for layer i of L (1 if L is 1).
 
-    Outside the stack, what comes after it (the lm head, a final norm) takes the last value, everything else the first.
+    Outside the stack, what comes after it (the lm head, a projection into the joint space and its temperature, a
+    pooling head, a final norm) takes the last value, everything else the first. A projector stands before the
+    language model, whatever norms it has.
     n_layers: number of layers by the stack's prefix.
     """
     where = layer(name)
     if where is not None and where[0] in n_layers:
         count = n_layers[where[0]]
         return where[1] / (count - 1) if count > 1 else 1.0
+    part = component(name)
+    if part in ("projector", "embeddings"):
+        return 0.0
+    if part in ("lm_head", "projection", "logit_scale") or ".head." in name:
+        return 1.0
     owner = name.split(".")[-2] if "." in name else name
-    closes = component(name) == "lm head" or (
-        any(word in owner for word in ("norm", "ln_f", "ln_post"))
-        and not any(word in owner for word in ("pre", "embed"))
-    )
-    return 1.0 if closes else 0.0
+    closes = any(word in owner for word in ("norm", "ln_f", "ln_post"))
+    return 1.0 if closes and not any(word in owner for word in ("pre", "embed")) else 0.0
 
 
 def some(names: list[str], most: int = 3) -> str:

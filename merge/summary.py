@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ggez_merge.components import component
+from ggez_merge.components import split
 from ggez_merge.outputs import Output
 from ggez_merge.parameters import Scalar
 from ggez_merge.plan import Plan
@@ -25,10 +25,11 @@ class Group:
 
 
 def groups(plan: Plan) -> list[Group]:
-    """The groups in layout order."""
+    """The groups in layout order; where no component is recognised, by how names begin."""
+    labels = split(output.entry.name for output in plan.outputs)
     members: dict[tuple[str, str], list[Output]] = {}
     for output in plan.outputs:
-        members.setdefault((component(output.entry.name), output.via), []).append(output)
+        members.setdefault((labels[output.entry.name], output.via), []).append(output)
     return [
         Group(
             component=part,

@@ -77,7 +77,7 @@ class TestDryRun:
         before = sorted(pair.rglob("*"))
         result = command_line("recipe.yaml", "--out", "out", "--dry-run", cwd=pair)
         assert (result.returncode, result.stderr) == (0, "")
-        for words in ("linear", "base", "one", "ratio 0.3", "logit scale", "writes", "reads", "memory", "free disk"):
+        for words in ("linear", "base", "one", "ratio 0.3", "logit_scale", "writes", "reads", "memory", "free disk"):
             assert words in result.stdout
         assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", result.stdout)
         assert sorted(pair.rglob("*")) == before

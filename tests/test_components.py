@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from models import FAMILIES, LAYOUTS
+from safetensors import safe_open
 
-from ggez_merge.components import component, layer, rename_layer
+from ggez_merge.components import COMPONENTS, component, is_norm, layer, rename_layer, split, unrecognised
 
 NAMES = {
-    "vision tower": [
+    "vision_tower": [
         "visual.patch_embed.proj.weight",  # Qwen2-VL on the hub
         "visual.blocks.3.attn.qkv.weight",
         "model.visual.blocks.3.mlp.fc1.bias",  # Qwen in transformers 5
@@ -46,7 +51,7 @@ NAMES = {
         "text_projection",
         "visual.proj",
     ],
-    "text encoder": [
+    "text_encoder": [
         "text_model.encoder.layers.0.self_attn.k_proj.weight",  # CLIP, SigLIP
         "text_model.embeddings.token_embedding.weight",
         "text_model.embeddings.word_embeddings.weight",  # a BERT in a dual encoder
@@ -54,8 +59,11 @@ NAMES = {
         "text_model.head.weight",
         "transformer.resblocks.0.ln_1.weight",
         "positional_embedding",
+        "conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight",  # SDXL in one file
+        "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight",  # SD1.5 in one file
+        "text_encoder.text_model.encoder.layers.0.mlp.fc1.weight",
     ],
-    "logit scale": ["logit_scale", "logit_bias", "model.logit_scale"],
+    "logit_scale": ["logit_scale", "logit_bias", "model.logit_scale"],
     "embeddings": [
         "model.embed_tokens.weight",
         "language_model.model.embed_tokens.weight",
@@ -66,7 +74,7 @@ NAMES = {
         "transformer.wte.weight",
         "bert.embeddings.word_embeddings.weight",
     ],
-    "language model": [
+    "language_model": [
         "model.layers.0.mlp.down_proj.weight",  # Llama, and Qwen2-VL on the hub
         "model.layers.3.mlp.experts.7.w1.weight",
         "model.norm.weight",
@@ -80,23 +88,50 @@ NAMES = {
         "h.0.attn.c_attn.weight",
         "gpt_neox.layers.0.mlp.dense_h_to_4h.weight",
     ],
-    "lm head": ["lm_head.weight", "language_model.lm_head.weight", "model.lm_head.weight", "output.weight"],
+    "lm_head": ["lm_head.weight", "language_model.lm_head.weight", "model.lm_head.weight", "output.weight"],
     "encoder": ["encoder.block.3.layer.0.SelfAttention.q.weight", "encoder.final_layer_norm.weight"],
     "decoder": ["decoder.block.3.layer.1.EncDecAttention.q.weight", "model.decoder.layers.0.fc1.weight"],
-    "audio tower": ["audio_tower.layers.0.fc1.weight"],
+    "audio_tower": ["audio_tower.layers.0.fc1.weight"],
     "unet": [
         "down_blocks.0.resnets.0.conv1.weight",
+        "down_blocks.1.attentions.0.transformer_blocks.2.norm1.weight",
         "model.diffusion_model.input_blocks.1.0.weight",
+        "unet.conv_in.weight",
         "conv_in.weight",
     ],
-    "vae": ["decoder.up_blocks.0.resnets.0.conv1.weight", "encoder.conv_in.weight", "post_quant_conv.weight"],
-    "other": ["", "w", "classifier.weight", "vision", "lm_header.weight", "a.visuals.b", "score.weight"],
+    "transformer": [
+        "transformer_blocks.0.attn.to_q.weight",  # SD3 and Flux in diffusers' folders
+        "single_transformer_blocks.4.norm.linear.weight",
+        "transformer.transformer_blocks.0.attn.to_q.weight",
+        "pos_embed.proj.weight",
+        "time_text_embed.timestep_embedder.linear_1.weight",
+        "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight",  # SD3 in one file
+        "model.diffusion_model.pos_embed",
+        "model.diffusion_model.final_layer.linear.weight",
+        "double_blocks.0.img_attn.qkv.weight",  # Flux in one file
+        "single_blocks.0.linear1.weight",
+        "img_in.weight",
+    ],
+    "text_encoder_2": [
+        "conditioner.embedders.1.model.transformer.resblocks.0.ln_1.weight",  # SDXL in one file
+        "text_encoder_2.text_model.encoder.layers.0.mlp.fc1.weight",
+        "text_encoders.clip_g.transformer.text_model.encoder.layers.0.mlp.fc1.weight",
+    ],
+    "text_encoder_3": ["text_encoders.t5xxl.transformer.shared.weight", "text_encoder_3.shared.weight"],
+    "vae": [
+        "first_stage_model.decoder.conv_in.weight",
+        "vae.encoder.conv_in.weight",
+        "decoder.up_blocks.0.resnets.0.conv1.weight",
+        "encoder.conv_in.weight",
+        "post_quant_conv.weight",
+    ],
+    "other": ["", "w", "classifier.weight", "vision", "lm_header.weight", "a.visuals.b", "score.weight", "pos_embed"],
 }
 
 
 @pytest.mark.parametrize(("name", "expected"), [(name, key) for key, names in NAMES.items() for name in names])
 def test_component(name: str, expected: str) -> None:
-    assert component(name) == ("vision tower" if name == "vision" else expected)
+    assert component(name) == ("vision_tower" if name == "vision" else expected)
 
 
 @pytest.mark.parametrize(
@@ -155,3 +190,138 @@ def test_renaming_changes_the_layer_and_nothing_else(name: str, new: int) -> Non
     assert layer(renamed) == (stack, new)
     assert renamed.removeprefix(f"{stack}.{new}") == name[len(stack) + 1 :].lstrip("0123456789")
     assert component(renamed) == component(name)
+
+
+TOWER = {"vision_tower": "vision_tower.", "projector": "multi_modal_projector."}
+WRAPPED = {
+    "language_model": "language_model.",
+    "embeddings": "language_model.model.embed_tokens.",
+    "lm_head": "language_model.lm_head.",
+}
+BARE = {"language_model": "model.", "embeddings": "model.embed_tokens.", "lm_head": "lm_head."}
+QWEN = {**BARE, "vision_tower": "visual.", "projector": "visual.merger."}
+IDEFICS = {
+    "vision_tower": "model.vision_model.",
+    "projector": "model.connector.",
+    "language_model": "model.text_model.",
+    "embeddings": "model.text_model.embed_tokens.",
+    "lm_head": "lm_head.",
+}
+DUAL = {"vision_tower": "vision_model.", "text_encoder": "text_model.", "logit_scale": "logit_"}
+TIED = {part: prefix for part, prefix in (TOWER | WRAPPED).items() if part != "lm_head"}
+
+# Where each component begins in the names that transformers saves; the longest beginning counts.
+SPLITS: dict[str, dict[str, str | tuple[str, ...]]] = {
+    "qwen2_vl": {**QWEN},
+    "qwen2_5_vl": {**QWEN},
+    "qwen3_vl": {
+        "vision_tower": "model.visual.",
+        "projector": ("model.visual.merger.", "model.visual.deepstack_merger_list."),
+        "language_model": "model.language_model.",
+        "embeddings": "model.language_model.embed_tokens.",
+        "lm_head": "lm_head.",
+    },
+    "gemma3": {**TIED},
+    "llava": {**TOWER, **WRAPPED},
+    "llava_onevision": {**WRAPPED, "vision_tower": "vision_tower.", "projector": ("multi_modal_pro", "image_newline")},
+    "paligemma": {**TIED},
+    "idefics3": {**IDEFICS},
+    "smolvlm": {**IDEFICS},
+    "mistral3": {**TIED},
+    "internvl": {**TIED},
+    "siglip": {**DUAL},
+    "siglip2": {**DUAL},
+    "clip": {**DUAL, "projection": ("text_projection.", "visual_projection.")},
+    "blip2": {
+        "vision_tower": "vision_model.",
+        "projector": ("qformer.", "query_tokens", "language_projection."),
+        "language_model": "language_model.",
+        "embeddings": "language_model.model.decoder.embed_tokens.",
+    },
+    "whisper": {"encoder": "model.encoder.", "decoder": "model.decoder.", "embeddings": "model.decoder.embed_tokens."},
+    "qwen2_moe": {**BARE},
+    "mixtral": {**BARE},
+    "llama": {**BARE},
+    "mt5": {"encoder": "encoder.", "decoder": "decoder.", "embeddings": "shared."},
+}
+
+
+def names_of(architecture: str, folder: Path) -> list[str]:
+    """The tensors that transformers saves for a tiny model."""
+    build = LAYOUTS[architecture] if architecture in LAYOUTS else FAMILIES[architecture].build
+    build().save_pretrained(folder)
+    with safe_open(folder / "model.safetensors", "np") as file:
+        return list(file.keys())
+
+
+@pytest.mark.parametrize("architecture", {**LAYOUTS, **FAMILIES})
+def test_components_of_an_architecture(architecture: str, tmp_path: Path) -> None:
+    expected = {
+        prefix: part for part, of in SPLITS[architecture].items() for prefix in ([of] if type(of) is str else of)
+    }
+    names = names_of(architecture, tmp_path)
+    for name in names:
+        assert component(name) == expected[max((x for x in expected if name.startswith(x)), key=len)], name
+    assert {component(name) for name in names} == set(expected.values())
+    assert split(names) == {name: component(name) for name in names}
+    assert unrecognised(names) is None
+
+
+@pytest.mark.parametrize("architecture", {**LAYOUTS, **FAMILIES})
+def test_norms_are_what_transformers_builds_as_norms(architecture: str) -> None:
+    build = LAYOUTS[architecture] if architecture in LAYOUTS else FAMILIES[architecture].build
+    model = build()
+    for owner, module in model.named_modules():
+        for name, _ in module.named_parameters(prefix=owner, recurse=False):
+            assert is_norm(name) == ("norm" in type(module).__name__.lower()), name
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.layers.0.input_layernorm.weight", True),
+        ("vision_model.pre_layrnorm.bias", True),
+        ("visual.merger.ln_q.weight", True),
+        ("transformer.resblocks.0.ln_1.weight", True),
+        ("bert.embeddings.LayerNorm.gamma", True),
+        ("vision_tower.stages.0.bn1.running_var", True),
+        ("down_blocks.0.resnets.0.norm1.weight", True),
+        ("conv_norm_out.bias", True),
+        ("single_transformer_blocks.4.norm.linear.weight", False),
+        ("model.layers.0.mlp.up_proj.weight", False),
+        ("norm", False),
+        ("model.normal.weights", False),
+    ],
+)
+def test_norms_by_name(name: str, expected: bool) -> None:
+    assert is_norm(name) == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (["trunk.0.w", "trunk.1.w"], ["trunk.*", "trunk.*"]),
+        (["net.eyes.0.w", "net.eyes.1.w", "net.mind.w"], ["net.eyes.*", "net.eyes.*", "net.mind.*"]),
+        (["score.weight", "lm_head.weight"], ["score.weight", "lm_head"]),
+        (["a.b.c"], ["a.b.c"]),
+        (["w", "w.x"], ["w", "w.*"]),
+        (["0.w", "1.w"], ["0.*", "1.*"]),
+        ([f"x{i}.w" for i in range(13)], ["other"] * 13),
+        ([], []),
+    ],
+)
+def test_unrecognised_names_are_split_by_how_they_begin(names: list[str], labels: list[str]) -> None:
+    assert list(split(names).values()) == labels
+
+
+words = st.sampled_from(["net", "eyes", "mind", "0", "1", "w", "visual", "lm_head"])
+
+
+@given(st.sets(st.lists(words, min_size=1, max_size=5).map(".".join), max_size=20))
+def test_what_a_split_lists_selects_what_it_lists(names: set[str]) -> None:
+    """A label is a component, or a glob that fits its names; `unrecognised` says if there is one of those."""
+    labels = split(sorted(names))
+    assert labels.keys() == names
+    for name, label in labels.items():
+        assert label == component(name) if label in COMPONENTS else fnmatchcase(name, label)
+    assert (unrecognised(names) is None) == all(component(name) != "other" for name in names)

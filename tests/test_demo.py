@@ -1,4 +1,4 @@
-"""The shipped pair of models scores what its README says when merged; the other recipes run too."""
+"""The shipped pair of models scores what its README says when merged."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file
 
 from ggez_merge.recipes.emoji.evaluate import Gallery, Score, evaluate, load_gallery, recall_at_1
 
@@ -74,20 +72,3 @@ def test_the_gallery_is_500_pictures_and_their_names(gallery: Gallery) -> None:
     assert gallery.pictures.dtype == torch.uint8
     assert len(gallery.names) == 22
     assert all(len(names) == 500 and all(names) for names in gallery.names.values())
-
-
-@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_ready_recipe_runs_as_its_header_says(recipe: Path, tmp_path: Path) -> None:
-    assert f"ggez-merge recipes/{recipe.name} --out" in recipe.read_text(encoding="utf-8")
-    copy = tmp_path / recipe.name
-    copy.write_bytes(recipe.read_bytes())
-    shapes = {"model.embed_tokens.weight": (8, 4), "model.norm.weight": (4,), "lm_head.weight": (8, 4)}
-    shapes |= {f"model.layers.{layer}.mlp.up_proj.weight": (6, 4) for layer in range(32)}
-    for seed, name in enumerate(("global", "regional", "second-region")):
-        numbers = np.random.default_rng(seed)
-        (tmp_path / name).mkdir()
-        tensors = {key: numbers.normal(size=shape).astype(np.float32) for key, shape in shapes.items()}
-        save_file(tensors, tmp_path / name / "model.safetensors", {"format": "pt"})
-        (tmp_path / name / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 32}')
-    merged = merge(copy, tmp_path / "merged")
-    assert (merged / "model.safetensors").stat().st_size > 0

@@ -198,16 +198,16 @@ def test_groups_are_components_and_layers_in_order(tmp_path: Path) -> None:
     arrays = {name: np.full(3, i + 1.0, np.float32) for i, name in enumerate(names)}
     result = compared(tmp_path, arrays, {name: array * 1.5 for name, array in arrays.items()})
     assert [(g.component, g.stack, g.number, g.change.n_tensors) for g in result.groups] == [
-        ("vision tower", None, None, 1),
-        ("vision tower", "visual.blocks", 0, 1),
+        ("vision_tower", None, None, 1),
+        ("vision_tower", "visual.blocks", 0, 1),
         ("projector", None, None, 1),
-        ("language model", None, None, 1),
-        ("language model", "model.layers", 2, 2),
-        ("language model", "model.layers", 10, 2),
-        ("lm head", None, None, 1),
+        ("language_model", None, None, 1),
+        ("language_model", "model.layers", 2, 2),
+        ("language_model", "model.layers", 10, 2),
+        ("lm_head", None, None, 1),
     ]
     assert all(group.change.relative_l2 == pytest.approx(0.5) for group in result.groups)
-    assert result.components()["language model"].n_tensors == 5
+    assert result.components()["language_model"].n_tensors == 5
     text = printed(result)
     assert "model.layers.10" in text and "outside the layers" in text and "50 %" in text
 
@@ -277,8 +277,8 @@ def test_json(tmp_path: Path) -> None:
         "max_abs": change.max_abs,
         "changed": change.changed,
     }
-    assert table["groups"] == [{"component": "language model", "stack": "model.layers", "layer": 0, **numbers}]
-    assert table["components"] == [{"component": "language model", **numbers}]
+    assert table["groups"] == [{"component": "language_model", "stack": "model.layers", "layer": 0, **numbers}]
+    assert table["components"] == [{"component": "language_model", **numbers}]
     assert table["integers"] == [{"name": "i", "n_changed": 2, "n_elements": 2}]
     assert (table["a"], table["b"]) == (str(tmp_path / "a"), str(tmp_path / "b"))
 
@@ -309,10 +309,10 @@ def example() -> Diff:
     def change(relative: float) -> Change:
         return Change(1, 9, 9, 0, 0.1, relative**2, 1.0)
 
-    groups = [Group("vision tower", "visual.blocks", i, change(0.01 * i)) for i in range(12)]
-    groups += [Group("vision tower", "visual.$x^{$.global_blocks", i, change(0.02)) for i in range(3)]
-    groups += [Group("language model", "model.layers", i, change(0.03)) for i in range(16)]
-    groups += [Group(part, None, None, change(0.02)) for part in ("projector", "embeddings", "lm head")]
+    groups = [Group("vision_tower", "visual.blocks", i, change(0.01 * i)) for i in range(12)]
+    groups += [Group("vision_tower", "visual.$x^{$.global_blocks", i, change(0.02)) for i in range(3)]
+    groups += [Group("language_model", "model.layers", i, change(0.03)) for i in range(16)]
+    groups += [Group(part, None, None, change(0.02)) for part in ("projector", "embeddings", "lm_head")]
     return Diff("org/a$_", "b_$^{", tuple(groups), (), (), (), (), ())
 
 
@@ -327,7 +327,7 @@ def test_svg_names_what_it_shows(example: Diff, tmp_path: Path) -> None:
     plot(example, tmp_path / "x.svg")
     svg = (tmp_path / "x.svg").read_text()
     ElementTree.fromstring(svg)
-    for text in ("How far b_$^{ is from a$_", "language model", "vision tower (visual.$x^{$.global_blocks)", "lm head"):
+    for text in ("How far b_$^{ is from a$_", "language_model", "vision_tower (visual.$x^{$.global_blocks)", "lm_head"):
         assert f"<!-- {text} -->" in svg
 
 

@@ -45,14 +45,14 @@ def printed(what: Summary, width: int = 120, tensors: bool = False) -> str:
 def test_parts_count_every_tensor_once(shards: int, tmp_path: Path) -> None:
     found = summary(tmp_path, shards=shards)
     assert {(part.component, part.dtype): part.size for part in found.parts} == {
-        ("vision tower", "F32"): Size(1, 5, 20),
-        ("vision tower", "I64"): Size(1, 2, 16),
+        ("vision_tower", "F32"): Size(1, 5, 20),
+        ("vision_tower", "I64"): Size(1, 2, 16),
         ("projector", "F32"): Size(1, 7, 28),
         ("embeddings", "BF16"): Size(1, 32, 64),
-        ("language model", "BF16"): Size(5, 24, 48),
-        ("language model", "F32"): Size(1, 3, 12),
-        ("lm head", "BF16"): Size(1, 32, 64),
-        ("logit scale", "F32"): Size(1, 1, 4),
+        ("language_model", "BF16"): Size(5, 24, 48),
+        ("language_model", "F32"): Size(1, 3, 12),
+        ("lm_head", "BF16"): Size(1, 32, 64),
+        ("logit_scale", "F32"): Size(1, 1, 4),
     }
     assert found.parameters == sum(a.size for a in ARRAYS.values()) - 2  # without the integers
     assert found.size == Size(len(ARRAYS), found.parameters + 2, sum(a.nbytes for a in ARRAYS.values()))
@@ -62,14 +62,14 @@ def test_parts_count_every_tensor_once(shards: int, tmp_path: Path) -> None:
 
 def test_parts_follow_the_flow_of_data(tmp_path: Path) -> None:
     components = list(dict.fromkeys(part.component for part in summary(tmp_path).parts))
-    assert components == ["vision tower", "projector", "embeddings", "language model", "lm head", "logit scale"]
+    assert components == ["vision_tower", "projector", "embeddings", "language_model", "lm_head", "logit_scale"]
 
 
 def test_stacks(tmp_path: Path) -> None:
     found = summary(tmp_path)
     assert [(s.component, s.name, s.layers, s.size) for s in found.stacks] == [
-        ("vision tower", "visual.blocks", (0,), Size(1, 5, 20)),
-        ("language model", "model.layers", (0, 1, 2, 10), Size(5, 27, 60)),
+        ("vision_tower", "visual.blocks", (0,), Size(1, 5, 20)),
+        ("language_model", "model.layers", (0, 1, 2, 10), Size(5, 27, 60)),
     ]
     assert "model.layers.0–2, 10" in printed(found)
 
@@ -90,6 +90,24 @@ def test_architecture(config: dict[str, Any] | None, architecture: str | None, t
     found = summary(tmp_path, config=config)
     assert found.architecture == architecture
     assert (architecture or "not stated") in printed(found)
+
+
+def test_norms_are_counted_where_they_lie_and_once_more_together(tmp_path: Path) -> None:
+    found = summary(tmp_path)
+    assert found.norms == Size(1, 0, 0)  # model.norm.weight; `model.layers.0.norm` has no parameter's name
+    assert "norms (of all)" in printed(found)
+    assert "(of all)" not in printed(summary(tmp_path / "without", {"lm_head.weight": np.zeros(1, np.float32)}))
+
+
+def test_what_the_names_do_not_tell_is_split_by_names_and_said(tmp_path: Path) -> None:
+    assert summary(tmp_path).unrecognised is None
+    arrays = {
+        name: np.zeros(1, np.float32) for name in ("net.eyes.0.w", "net.eyes.1.w", "net.mind.w", "lm_head.weight")
+    }
+    found = summary(tmp_path / "unknown", arrays)
+    assert [part.component for part in found.parts] == ["lm_head", "net.eyes.*", "net.mind.*"]
+    assert "the names of 3 of the tensors do not tell their component" in printed(found)
+    assert json.loads(json.dumps(as_json(found)))["unrecognised"] == found.unrecognised
 
 
 def test_json_is_complete(tmp_path: Path) -> None:
@@ -117,7 +135,9 @@ def test_hostile_names_do_nothing(name: str, tmp_path: Path) -> None:
     found = summary(tmp_path, {f"{name}.layers.0.w": np.zeros(1, np.float32)})
     text = printed(found, tensors=True)
     assert not {"\x1b", "\u202e", "\x9b"} & set(text)
-    assert text.count(name if name.isprintable() else name.encode("unicode_escape").decode()) == 2
+    assert (
+        text.count(name if name.isprintable() else name.encode("unicode_escape").decode()) == 4
+    )  # part, stack, its layers, tensor
 
 
 def test_empty_checkpoint(tmp_path: Path) -> None:

@@ -168,6 +168,16 @@ def test_all_that_is_wrong_is_said_at_once_and_nothing_is_written() -> None:
     assert bytes_of(model.state_dict()) == before
 
 
+def test_layers_are_selected_by_number_as_in_a_recipe() -> None:
+    base, tuned = states()
+    by_name, by_glob = Model(3), Model(3)
+    ggez_merge.merge_into(by_name, base, tuned, {"language_model.layers.1": 0.1, "language_model": 0.3, "other": 0.6})
+    ggez_merge.merge_into(by_glob, base, tuned, {"layers.1.*": 0.1, "layers.*": 0.3, "*": 0.6})
+    assert bytes_of(by_name.state_dict()) == bytes_of(by_glob.state_dict())
+    with pytest.raises(Refused, match="language_model has the layers 0 to"):
+        ggez_merge.merge_into(by_name, base, tuned, {"language_model.layers.0-9": 0.1, "*": 0.6})
+
+
 def test_a_tied_tensor_cannot_have_two_ratios() -> None:
     base, tuned = states()
     with pytest.raises(Refused, match=r"two ratios(.|\n)*embed.weight, head.weight"):

@@ -102,7 +102,7 @@ ALONE = [
     (family, prefix, wrapper)
     for family in PARTS
     for prefix in PARTS[family]
-    for wrapper in ("", {"vision tower": "vision_model.", "language model": "model."}.get(component(f"{prefix}x"), ""))
+    for wrapper in ("", {"vision_tower": "vision_model.", "language_model": "model."}.get(component(f"{prefix}x"), ""))
 ]
 
 

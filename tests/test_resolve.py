@@ -200,6 +200,12 @@ class TestGradients:
             ("lm_head.weight", 1.0),
             ("transformer.ln_f.bias", 1.0),
             ("vision_model.pre_layrnorm.weight", 0.0),
+            ("logit_scale", 1.0),
+            ("text_projection.weight", 1.0),
+            ("vision_model.head.mlp.fc1.weight", 1.0),
+            ("vision_tower.vision_model.post_layernorm.weight", 1.0),
+            ("multi_modal_projector.mm_soft_emb_norm.weight", 0.0),
+            ("model.visual.merger.norm.weight", 0.0),
             ("x", 0.0),
         ],
     )
