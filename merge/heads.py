@@ -73,8 +73,8 @@ def is_vocabulary(name: str, tensor: Tensor) -> bool:
     if _NOT_TOKENS.search(name):
         return False
     if len(tensor.shape) == 1:
-        return component(name) == "lm head"
-    tokens = component(name) in ("embeddings", "lm head") or name.endswith("token_embedding.weight")
+        return component(name) == "lm_head"
+    tokens = component(name) in ("embeddings", "lm_head") or name.endswith("token_embedding.weight")
     return len(tensor.shape) == 2 and tokens
 
 

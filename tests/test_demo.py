@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from ggez_merge.recipes.emoji.evaluate import Gallery, Score, evaluate, load_gallery, recall_at_1
 
