@@ -192,6 +192,15 @@ def test_names_that_fit_twice_are_compared_as_they_stand(tmp_path: Path) -> None
     assert set(result.only_b) == tower.keys() and only(result).n_tensors == 1
 
 
+def test_a_tensor_under_two_names_hides_none(tmp_path: Path) -> None:
+    tower = {f"model.layers.{i}.{word}.weight": np.ones((8, 8)) for i in range(2) for word in ("q", "k", "v", "norm")}
+    b = {f"module.{name}": array for name, array in tower.items()} | {"model.layers.0.norm.weight": np.zeros((8, 8))}
+    result = compared(tmp_path, tower, b)
+    assert "under several names" in result.names[0]
+    assert only(result).n_tensors == 1 and only(result).changed == 1
+    assert set(result.only_b) == b.keys() - tower.keys()
+
+
 def test_groups_are_components_and_layers_in_order(tmp_path: Path) -> None:
     names = ["lm_head.weight", "model.norm.weight", *(f"model.layers.{i}.{w}" for i in (10, 2) for w in "ab")]
     names += ["visual.blocks.0.w", "visual.merger.mlp.0.weight", "visual.pos_embed"]

@@ -283,26 +283,29 @@ def test_damaged_bytes_are_refused_or_change_only_values(tmp_path: Path) -> None
 
 
 def rewritten(path: Path, change: Callable[[str, bytes], bytes], **options: Any) -> None:
-    """The same archive by another hand, with other content in its members."""
+    """The same archive by another hand, with other content in its members, as torch.save wrote it before 2.7."""
     with zipfile.ZipFile(path) as archive:
         members = {info.filename: archive.read(info) for info in archive.infolist()}
     with zipfile.ZipFile(path, "w", **options) as archive:
         for name, raw in members.items():
-            archive.writestr(name, change(name, raw))
+            if not name.endswith("/.format_version"):  # with it, torch works out by itself where storages are
+                archive.writestr(name, change(name, raw))
 
 
-@pytest.mark.parametrize("storage", ["data/0", "data/1"])
-def test_storages_shorter_than_their_tensors_are_refused(storage: str, tmp_path: Path) -> None:
+def test_storages_shorter_than_their_tensors_are_refused(tmp_path: Path) -> None:
     path = save(tmp_path, {"x": torch.arange(50), "y": torch.ones(30)}) / "pytorch_model.bin"
-    rewritten(path, lambda name, raw: raw[:-8] if name.endswith(storage) else raw)
-    refused(tmp_path, str(path))
+    rewritten(path, lambda name, raw: raw)
+    assert read(open_checkpoint(str(tmp_path)))["y"][2] == bytes_of(torch.ones(30))
+    rewritten(path, lambda name, raw: raw[:-8] if "/data/" in name else raw)
+    problems = refused(tmp_path, "does not hold all of the tensor", "400 bytes", "392 bytes", "120 bytes", "112 bytes")
+    assert [problem.tensor for problem in problems] == ["x", "y"]
 
 
 def test_archives_of_another_kind_are_refused(tmp_path: Path) -> None:
-    path = save(tmp_path, {"x": torch.ones(50)}) / "pytorch_model.bin"
+    path = save(tmp_path, {"x": torch.randn(5000)}) / "pytorch_model.bin"
     whole = path.read_bytes()
     rewritten(path, lambda name, raw: raw, compression=zipfile.ZIP_DEFLATED)
-    refused(tmp_path, "not as torch.save writes it")
+    refused(tmp_path, "not as torch.save writes it", "data.pkl")
     path.write_bytes(whole)
     rewritten(path, lambda name, raw: b"big" if name.endswith("byteorder") else raw)
     refused(tmp_path, "big-endian")
