@@ -15,11 +15,14 @@ from ggez_merge.header import FLOAT8 as FLOAT8
 from ggez_merge.header import FLOATS as FLOATS
 from ggez_merge.header import ITEM_BITS as ITEM_BITS
 from ggez_merge.header import SCALED as SCALED
+from ggez_merge.header import Elements as Elements
+from ggez_merge.header import Making as Making
 from ggez_merge.header import ShardFile as ShardFile
 from ggez_merge.header import Tensor as Tensor
 from ggez_merge.header import joined as joined
 from ggez_merge.header import promoted as promoted
 from ggez_merge.header import read_shard_header as read_shard_header
+from ggez_merge.header import span as span
 from ggez_merge.hub import fetch, is_hub_id
 from ggez_merge.layout import PICKLE_SUFFIXES, choose, pickled, read_index
 from ggez_merge.torch_bin import read_bin_header

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from ggez_merge.checkpoint import Tensor, joined
+from ggez_merge.checkpoint import Tensor, joined, span
 from ggez_merge.conversions import NOTHING, Conversions
 from ggez_merge.names import Rule
 
@@ -36,11 +36,10 @@ def refit(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], known: Conve
     counted: Counter[tuple[str, str]] = Counter()
     for fused, pieces in _matches(_of(theirs, only_theirs), _of(ours, only_ours), known.fused):
         large = tensors.pop(only_theirs[fused])
-        at = large.offset
+        at = 0
         for name, piece in pieces.items():
-            n_bytes = large.nbytes // large.numel * piece.numel if large.numel else 0
-            tensors[only_ours[name]] = replace(large, shape=piece.shape, offset=at, nbytes=n_bytes)
-            at += n_bytes
+            tensors[only_ours[name]] = span(large, at, piece.shape)
+            at += piece.numel
         counted[folded([only_theirs[fused]]), folded(only_ours[name] for name in pieces)] += len(pieces)
     for fused, pieces in _matches(_of(ours, only_ours), _of(theirs, only_theirs), known.fused):
         if len({piece.dtype for piece in pieces.values()}) > 1:

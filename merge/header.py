@@ -6,11 +6,11 @@ import json
 import os
 import stat
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from xxhash import xxh3_128
 
@@ -56,12 +56,30 @@ _DOWNLOAD_AGAIN = "download or copy the file again"
 _WRITE_AGAIN = "write the file again with the safetensors library"
 
 
+Array = Any  # a 1-D numpy array
+
+
+class Making(Protocol):
+    """How a tensor comes about that no file holds: its elements are computed from those of its `sources`."""
+
+    @property
+    def sources(self) -> Sequence[Tensor]: ...
+
+    @property
+    def said(self) -> list[Any]:
+        """Whatever else decides its elements, as JSON can hold it."""
+
+    def fill(self, elements: Elements, first: int, out: Array) -> None:
+        """Write elements from the flat index `first` on to `out`: the same ones, wherever a span begins and ends."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tensor:
     """One tensor in a file, row-major and little-endian; `offset` is in bytes from the start of the file.
 
     A tensor that was put together from others has them as its `parts`, whose bytes follow each other; `starts` is the
-    first byte of each. One that `averages` is instead the mean of its parts, element by element, and zero without any.
+    first byte of each. One that is `made` lies nowhere. `nominal` is the dtype that the model has it in, where it is
+    made in a wider one.
     """
 
     name: str
@@ -72,7 +90,8 @@ class Tensor:
     nbytes: int
     parts: tuple[Tensor, ...] = ()
     starts: tuple[int, ...] = ()
-    averages: bool = False
+    made: Making | None = None
+    nominal: str | None = None
 
     @property
     def numel(self) -> int:
@@ -81,21 +100,57 @@ class Tensor:
 
     @property
     def extents(self) -> tuple[Tensor, ...]:
-        """Where its bytes lie: in one place, unless it has parts."""
-        return (self,) if self.averages else self.parts or (self,)
+        """What its bytes are, one after the other: itself, unless it has parts."""
+        return self.parts or (self,)
 
     @property
     def places(self) -> list[Any]:
         """All that says which bytes it is made of, as JSON can hold it."""
-        if self.averages:
-            return [[self.dtype, self.nbytes, part.places] for part in self.parts] or [[self.dtype, self.nbytes]]
-        return [[str(x.file), x.offset] if not x.averages else x.places for x in self.extents]
+        if self.parts:
+            return [place for part in self.parts for place in part.places]
+        if self.made is None:
+            return [[str(self.file), self.offset]]
+        sources = [source.places for source in self.made.sources]
+        return [[type(self.made).__name__, self.dtype, self.nbytes, self.made.said, sources]]
+
+
+Elements = Callable[[Tensor, int, int], Array]  # (tensor, first, n) -> n elements of it, from flat index `first` on
+
+
+@dataclass(frozen=True)
+class Span:
+    """Elements of another tensor, from its flat index `first` on."""
+
+    whole: Tensor
+    first: int
+
+    @property
+    def sources(self) -> Sequence[Tensor]:
+        return (self.whole,)
+
+    @property
+    def said(self) -> list[Any]:
+        return [self.first]
+
+    def fill(self, elements: Elements, first: int, out: Array) -> None:
+        out[:] = elements(self.whole, self.first + first, len(out))
+
+
+def span(tensor: Tensor, first: int, shape: tuple[int, ...]) -> Tensor:
+    """The elements of `tensor` from its flat index `first` on, as a tensor of this shape: read where they lie."""
+    width = ITEM_BITS[tensor.dtype] // 8
+    cut = replace(tensor, shape=shape, nbytes=_numel(shape) * width, parts=(), starts=())
+    if tensor.parts or tensor.made:
+        return replace(cut, made=Span(tensor, first))
+    return replace(cut, offset=tensor.offset + first * width)
 
 
 def joined(like: Tensor, shape: tuple[int, ...], parts: Sequence[Tensor]) -> Tensor:
     """The tensor that `parts` are when their bytes follow each other, named as `like`."""
     *starts, nbytes = accumulate((part.nbytes for part in parts), initial=0)
-    return replace(like, dtype=parts[0].dtype, shape=shape, nbytes=nbytes, parts=tuple(parts), starts=tuple(starts))
+    of = parts[0]
+    cut = replace(like, dtype=of.dtype, shape=shape, nbytes=nbytes, made=None, nominal=of.nominal)
+    return replace(cut, parts=tuple(parts), starts=tuple(starts))
 
 
 @dataclass(frozen=True)
@@ -110,7 +165,7 @@ class ShardFile:
 
 def promoted(tensors: Sequence[Tensor]) -> str:
     """The dtype that holds all of these: theirs if they agree, F32 for a mix of 16-bit floats, else the widest."""
-    dtypes = {tensor.dtype for tensor in tensors}
+    dtypes = {tensor.nominal or tensor.dtype for tensor in tensors}
     if len(dtypes) == 1:
         return dtypes.pop()
     return "F64" if "F64" in dtypes else "F32"

@@ -401,7 +401,8 @@ class _Assembler:
             )
 
     def _copy(self, name: str, tensor: Tensor, via: str) -> None:
-        dtype = (self.recipe.out_dtype or self.recipe.dtype or tensor.dtype) if tensor.dtype in FLOATS else tensor.dtype
+        wanted = self.recipe.out_dtype or self.recipe.dtype or promoted([tensor])
+        dtype = wanted if tensor.dtype in FLOATS else tensor.dtype
         self.result.outputs.append(Output(_entry(name, dtype, tensor.shape), "copy", None, (tensor,), None, via))
 
     def _explain_missing(self) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -18,7 +19,6 @@ from xxhash import xxh3_128
 from ggez_merge.checkpoint import ShardFile, Tensor
 from ggez_merge.errors import Failed
 
-AVERAGED = 1 << 15  # elements at a time: their sums stay small beside the buffers
 ALIGNMENT = 4096  # what direct IO needs, and more than any vector unit asks for
 NUMPY_DTYPE = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -84,8 +84,9 @@ class Files:
         at = start_byte - (tensor.starts[first] if tensor.starts else 0)
         for part in islice(tensor.extents, first, None):
             n = min(part.nbytes - at, len(view))
-            if n > 0 and part.averages:
-                self._average(part, at, view[:n])
+            if n > 0 and part.made:
+                dtype = NUMPY_DTYPE[part.dtype]
+                part.made.fill(self.elements, at // dtype.itemsize, np.frombuffer(view[:n], dtype))
             elif n > 0:
                 read_exactly(self._descriptor(part.file), view[:n], part.offset + at, part.file)
             view = view[max(n, 0) :]
@@ -93,19 +94,11 @@ class Files:
             if not view:
                 return
 
-    def _average(self, tensor: Tensor, start_byte: int, view: memoryview) -> None:
-        """The mean of its parts, which may be of other dtypes: summed in float64, then rounded."""
-        dtype = NUMPY_DTYPE[tensor.dtype]
-        out = np.frombuffer(view, dtype)
-        first = start_byte // dtype.itemsize
-        for at in range(0, len(out), AVERAGED):
-            total = np.zeros(min(AVERAGED, len(out) - at))
-            for part in tensor.parts:
-                theirs = NUMPY_DTYPE[part.dtype]
-                read = bytearray(len(total) * theirs.itemsize)
-                self.read(part, (first + at) * theirs.itemsize, memoryview(read))
-                total += np.frombuffer(read, theirs).astype(np.float64)
-            out[at : at + len(total)] = (total / max(len(tensor.parts), 1)).astype(dtype)
+    def elements(self, tensor: Tensor, first: int, n: int) -> Any:
+        """`n` elements of a tensor from the flat index `first` on, in memory of their own."""
+        out = np.empty(n, NUMPY_DTYPE[tensor.dtype])
+        self.read(tensor, first * out.itemsize, out.view(np.uint8).data)
+        return out
 
     def check_unchanged(self) -> None:
         """Raise Failed if any file changed since the plan was made."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ggez_merge.carry import TOKENIZER_FILES, carried_files, same_tokenizer
-from ggez_merge.checkpoint import FLOATS, ITEM_BITS, Checkpoint, ShardFile, Tensor, joined, promoted
+from ggez_merge.checkpoint import FLOATS, ITEM_BITS, Checkpoint, Elements, ShardFile, Tensor, joined, promoted, span
 from ggez_merge.errors import Problem, Refused
 from ggez_merge.heads import is_vocabulary
 from ggez_merge.recipe import ModelReference, Recipe
@@ -29,7 +29,25 @@ from ggez_merge.vocabulary import Vocabulary, extended, gaps, read_vocabulary, t
 Files = tuple[ShardFile, ...]  # what tells one input from another
 Place = tuple[Files, int]  # a row of an input
 Choice = tuple[Place, ...]  # a row: the mean of these
+AVERAGED = 1 << 15  # elements at a time: their sums stay small beside a worker's buffers
 TOKEN_IDS = re.compile(r"_token_(id|ids|index)$")
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean of tensors of one shape, which may be of other dtypes: summed in float64, then rounded; 0 of none."""
+
+    sources: tuple[Tensor, ...]
+
+    @property
+    def said(self) -> list[Any]:
+        return []
+
+    def fill(self, elements: Elements, first: int, out: Any) -> None:
+        for at in range(0, len(out), AVERAGED):
+            part = out[at : at + AVERAGED]
+            total = sum(elements(source, first + at, len(part)).astype("f8") for source in self.sources)
+            part[:] = total / max(len(self.sources), 1)
 
 
 @dataclass
@@ -246,12 +264,13 @@ class _Aligner:
         width = own.shape[1:]
         parts = []
         for first, n in _runs(limited):
-            spans = tuple(_span(tensors[of], row, n) for of, row in first)
+            spans = tuple(_rows(tensors[of], row, n) for of, row in first)
             if len(spans) == 1 and spans[0].dtype == dtype:
                 parts.append(spans[0])
             else:
                 nbytes = n * (own.numel // own.shape[0]) * ITEM_BITS[dtype] // 8
-                parts.append(replace(own, dtype=dtype, shape=(n, *width), nbytes=nbytes, parts=spans, averages=True))
+                mean = replace(own, dtype=dtype, shape=(n, *width), nbytes=nbytes, parts=(), starts=(), nominal=None)
+                parts.append(replace(mean, made=Mean(spans)))
         return joined(own, (len(choices), *width), parts)
 
     # --- config -----------------------------------------------------------------------------------------------------
@@ -305,10 +324,9 @@ def _runs(choices: Sequence[Choice]) -> Iterator[tuple[Choice, int]]:
     yield first, n
 
 
-def _span(tensor: Tensor, row: int, n: int) -> Tensor:
-    width = tensor.nbytes // tensor.shape[0]
-    shape = (n, *tensor.shape[1:])
-    return replace(tensor, shape=shape, offset=tensor.offset + row * width, nbytes=n * width)
+def _rows(tensor: Tensor, row: int, n: int) -> Tensor:
+    width = tensor.numel // tensor.shape[0]
+    return span(tensor, row * width, (n, *tensor.shape[1:]))
 
 
 def _sections(config: Any) -> Iterator[dict[str, Any]]:
