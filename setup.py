@@ -41,10 +41,12 @@ REQUIRES = [
 ]
 
 TEST_REQUIRES = [
+    'diffusers>=0.42; python_version >= "3.11"',  # the oldest that works with huggingface_hub 2
     "hypothesis>=6.100",
     "kernels>=0.10",  # Hugging Face's package, whose name must stay free: see tests/test_packaging.py
     "mergekit==0.1.5",  # the release that parity is tested against
     "mypy>=1.15",
+    "peft>=0.18",  # its merges are what those of adapters are compared with
     "pre-commit>=4.0",
     "pytest>=8.0",
     "ruff>=0.9",

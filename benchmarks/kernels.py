@@ -33,7 +33,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ggez_merge.backend import kernels_of
+from ggez_merge.arithmetic import kernels_of
 from ggez_merge.errors import Failed, Problem, Refused
 from ggez_merge.units import parse_bytes
 

@@ -13,7 +13,7 @@ import torch
 
 from ggez_kernels.reference.rounding import tensor
 from ggez_kernels.sparsify import CHUNK
-from ggez_merge.backend import kernels_of
+from ggez_merge.arithmetic import kernels_of
 from ggez_merge.errors import Problem, Refused
 
 from .inputs import Data

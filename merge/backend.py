@@ -1,28 +1,17 @@
-"""The one door to the arithmetic: picks what a merge computes on, and loads its kernels."""
+"""What a merge computes on: the processor or GPUs, with kernels and the memory that they work on."""
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
 
-from ggez_merge.errors import Failed, Problem, Refused
+from ggez_merge.arithmetic import kernels_of, load_kernels
+from ggez_merge.errors import Problem, Refused
 from ggez_merge.methods.method import Kernels
 from ggez_merge.slots import DeviceSlot, HostSlot, Slot
-
-PACKAGES = {"cpu": "ggez_kernels.cpu", "gpu": "ggez_kernels.gpu", "reference": "ggez_kernels.reference"}
-KERNELS = {
-    "linear": ("linear", "linear_many"),
-    "vote": ("vote",),
-    "gram": ("gram",),
-    "drop": ("l1",),
-    "threshold": ("histogram", "ties", "nth_tie"),
-}  # the same files, with the same functions, in every backend's folder
 
 MOST_THREADS = 16  # no disk keeps more busy
 SLOTS_PER_GPU = 4  # one is read, one copied in, one computed or copied out, one written
@@ -112,31 +101,3 @@ def _gpus(wanted: str, doubles: bool, why: str = "as asked for") -> Device:
 
     # large enough for a launch and a copy not to matter
     return Device(" ".join(names), why, SLOTS_PER_GPU * len(names), 16 << 20, load)
-
-
-def load_kernels() -> tuple[Kernels, str]:
-    """The CPU's kernels and a word for them: compiled by numba, or plain torch where numba has no wheel."""
-    if importlib.util.find_spec("numba") is not None:
-        return kernels_of("cpu"), "cpu (numba)"
-    if importlib.util.find_spec("torch") is not None:
-        return kernels_of("reference"), "cpu (torch; numba would be faster)"
-    raise Failed("neither numba nor torch is installed: install one of them, numba is the faster")
-
-
-def kernels_for(tensor_device: str) -> Kernels:
-    """The kernels for tensors that are on this device, named as torch does: on the CPU, their views as numpy arrays."""
-    return kernels_of("gpu") if tensor_device.startswith("cuda") else load_kernels()[0]
-
-
-def dequantizer(tensor_device: str) -> Callable[[Any, Any, Any], None]:
-    """The kernel (out, quantized, scale) for tensors on this device; on the CPU torch's is the only one."""
-    package = PACKAGES["gpu" if tensor_device.startswith("cuda") else "reference"]
-    function: Callable[[Any, Any, Any], None] = importlib.import_module(f"{package}.dequantize").dequantize
-    return function
-
-
-def kernels_of(backend: str) -> Kernels:
-    """The kernels of one of PACKAGES."""
-    modules = {stem: importlib.import_module(f"{PACKAGES[backend]}.{stem}") for stem in KERNELS}
-    functions = {name: getattr(modules[stem], name) for stem, names in KERNELS.items() for name in names}
-    return cast(Kernels, SimpleNamespace(**functions, counting=modules["threshold"].COUNTING))

@@ -66,7 +66,9 @@ def merge_command(
     out: Annotated[Path | None, typer.Option(help="Output folder; overrides the recipe's `output.path`.")] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. parameters.ratio=0.4."),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Override a key, e.g. parameters.ratio=0.4 (of a stage: NAME:KEY=VALUE)."
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, from headers alone.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: the answer as JSON.")] = False,
@@ -106,7 +108,8 @@ def merge_command(
 
             said = describe(plan, computes_on, sizing(plan, threads, memory_bytes, computes_on), copy_code)
             _print_json(said) if as_json else show(said)
-            check_output(plan.folder, resume=resume, overwrite=overwrite)
+            for each in (*plan.written, plan):
+                check_output(each.folder, resume=resume, overwrite=overwrite)
             return
         if not quiet:
             print(f"on {computes_on.name}: {computes_on.why}", file=sys.stderr)
@@ -126,8 +129,12 @@ def merge_command(
             )
         if quiet:
             return
+        for note in (f"{stage.recipe.name}: {note}" for stage in plan.stages for note in stage.notes):
+            print(f"note: {note}", file=sys.stderr)
         for note in plan.notes:
             print(f"note: {note}", file=sys.stderr)
+        for stage in plan.written:
+            print(f"{stage.folder}: the stage {stage.recipe.name}, {len(stage.outputs)} tensors")
         seconds = time.perf_counter() - began
         done = f"{readable_bytes(plan.write_bytes)} in {seconds:.1f} s" if outcome else "finished before, nothing to do"
         print(f"{plan.folder}: {len(plan.outputs)} tensors, {done}")
@@ -137,10 +144,12 @@ def merge_command(
 def verify(folder: Annotated[Path, typer.Argument(help="A merged checkpoint.")]) -> None:
     """Check a merged checkpoint against the hashes in its report."""
     with _errors_for_people():
+        from ggez_merge.progress import progress_for
         from ggez_merge.units import readable_bytes
         from ggez_merge.verify import verify
 
-        verdict = verify(folder)
+        with progress_for(quiet=False) as progress:
+            verdict = verify(folder, progress)
         if verdict.problems:
             print("\n".join(str(problem) for problem in verdict.problems), file=sys.stderr)
             raise typer.Exit(1)
@@ -148,8 +157,38 @@ def verify(folder: Annotated[Path, typer.Argument(help="A merged checkpoint.")])
 
 
 @app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="A merged checkpoint.")],
+    repo: Annotated[str, typer.Argument(metavar="ORG/NAME", help="The repository; made if there is none.")],
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Of a new repository; private if neither is given.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the model that the repository holds.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+) -> None:
+    """Verify a merged checkpoint and upload it to Hugging Face. The same call again continues a broken upload."""
+    with _errors_for_people():
+        from ggez_merge.push import listed, push
+        from ggez_merge.units import readable_bytes
+
+        pushed = push(folder, repo, private=private, overwrite=overwrite, quiet=quiet)
+        if quiet:
+            return
+        if pushed.removed:
+            print(f"note: removed from the repository: {listed(pushed.removed)}", file=sys.stderr)
+        if pushed.left_out:
+            print(f"note: left out, as the merge did not write it: {listed(pushed.left_out)}", file=sys.stderr)
+        what = (
+            f"{len(pushed.files)} files, {readable_bytes(pushed.n_bytes)}" if pushed.changed else "nothing has changed"
+        )
+        print(f"{pushed.url}: {what}, {'private' if pushed.private else 'public'}")
+
+
+@app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="A folder, a file, or a Hugging Face id (@revision).")],
+    model: Annotated[str, typer.Argument(help="A folder, a file, or a Hugging Face id (@revision), or BASE+ADAPTER.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
@@ -178,7 +217,7 @@ def diff(
 
         first, second = _open(a), _open(b)
         with progress_for(as_json) as progress:
-            progress.phase("comparing", first.nbytes + second.nbytes)
+            progress.phase("comparing", _read_bytes(first, second))
             result = diff.diff(first, second, advance=progress.advance)
         if plot is not None:
             diff_plot.plot(result, plot)
@@ -186,6 +225,32 @@ def diff(
             _print_json(diff.as_json(result))
         else:
             diff.show(result, _console())
+
+
+@app.command()
+def extract_lora(
+    model: Annotated[str, typer.Argument(help="A tuned model.")],
+    base: Annotated[str, typer.Option(help="What it was tuned from.")],
+    rank: Annotated[int, typer.Option(min=1, help="Of the adapter, for each weight.")],
+    out: Annotated[Path, typer.Option(help="A new folder.")],
+    rest: Annotated[str, typer.Option(help="Changes that LoRA cannot hold: error, save (whole) or leave.")] = "error",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+) -> None:
+    """Make a LoRA adapter of what a tuned model learnt, and say how near it comes."""
+    if rest not in ("error", "save", "leave"):
+        raise typer.BadParameter(f"{rest!r} is none of error, save, leave", param_hint="--rest")
+    with _errors_for_people():
+        from ggez_merge import extract_lora
+        from ggez_merge.progress import progress_for
+        from ggez_merge.units import readable_bytes
+
+        tuned, origin = _open(model), _open(base)
+        with progress_for(quiet) as progress:
+            progress.phase("extracting", _read_bytes(tuned, origin))
+            result = extract_lora.extract(tuned, origin, rank, out, rest, progress.advance)  # type: ignore[arg-type]
+        if not quiet:
+            extract_lora.show(result, _console())
+            print(f"{out}: {readable_bytes(result.n_bytes)}")
 
 
 recipes = typer.Typer(invoke_without_command=True)
@@ -291,10 +356,15 @@ def bench_roofline(csv: Annotated[Path | None, typer.Option(help="Write all figu
 
 
 def _open(model: str) -> Checkpoint:
-    from ggez_merge.checkpoint import open_checkpoint
+    from ggez_merge.opening import open_model
+    from ggez_merge.reference import ModelReference, parse_reference
 
-    path, _, revision = model.rpartition("@") if "@" in model and not Path(model).exists() else (model, "", "")
-    return open_checkpoint(path, revision or None)
+    return open_model(parse_reference(model) or ModelReference(model))
+
+
+def _read_bytes(*models: Checkpoint) -> int:
+    """What reading all of them comes to: more than their files hold, where weights are computed."""
+    return sum(tensor.nbytes for model in models for tensor in model.tensors.values())
 
 
 def _console() -> Console:

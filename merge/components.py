@@ -44,41 +44,60 @@ COMPONENTS: tuple[Component, ...] = get_args(Component)
 # How names of a diffusion transformer (SD3, Flux) begin: bare in diffusers' folder and in Flux' own files.
 _DIT = r"^((model\.diffusion_model|transformer)\.)?"
 
+# How names of a language model begin that stands alone or in a wrapper: `model.`, `gpt_neox.`, `thinker.model.`.
+_BARE = r"^(?!\w*(tower|encoder|decoder|tokenizer|codec))(\w+\.)?(model\.)*"
+
 # The first pattern that is found names the component, so what lies inside something else comes first: Qwen's
 # merger is inside `visual`, Molmo's projector inside the vision backbone, embeddings inside a language model.
 _PATTERNS: list[tuple[Component, str]] = [
-    ("logit_scale", r"(^|\.)logit_(scale|bias)$"),
-    ("projector", r"(^|\.)visual\.(merger|deepstack_merger_list|merger_list)\."),
-    ("projector", _part("multi_modal_projector|multimodal_projector|mm_projector|image_projector")),
+    ("unet", r"^unet\."),  # the parts of a diffusion pipeline, whatever is inside them
+    ("vae", r"^(vae|first_stage_model)\."),
+    ("text_encoder_2", r"^(text_encoder_2|conditioner\.embedders\.(1|0\.model)|text_encoders\.clip_g)\."),
+    ("text_encoder_3", r"^(text_encoder_3|text_encoders\.t5xxl)\."),
+    ("text_encoder", r"^(text_encoder|text_encoders|conditioner\.embedders|cond_stage_model)\."),
+    ("other", r"^(talker|token2wav|code2wav|gen_vision_model)\."),  # what Qwen's Omni speaks with, and Janus draws with
+    ("logit_scale", r"(^|\.)logit_(scale|bias)$|^temperature$"),
+    ("projector", r"(^|\.)(visual|vision_tower|vision_model)\.(merger|deepstack_merger_list|merger_list)\."),
+    ("projector", _part("multi_modal_projector|multimodal_projector|mm_projector|image_projector|projector")),
+    ("projector", _part("vision_projector|speech_projector|vit_large_projector|pre_mm_projector_norm")),
+    ("projector", _part(r"image_to_text_projection|vision\.linear_proj|audio_embed\.audio_projection")),
     ("projector", _part("connector|aligner|resampler|abstractor|qformer|query_tokens|language_projection")),
-    ("projector", _part("embed_vision|embed_audio|img_projection|image_proj_norm|image_newline")),
-    ("projector", r"^(model\.)?(mlp1|patch_merger|vision_language_adapter|visual_adapter)\."),
+    ("projector", _part("perceiver_resampler|vision_resampler|resampler_model")),
+    ("projector", _part("embed_vision|embed_audio|img_projection|image_proj_norm|image_newline|view_sep[ae]rator")),
+    ("projector", _part("image_pos_embed|visual_temporal_embed|visual_embeddings_table|vte")),
+    ("projector", r"^(model\.)?(mlp1|mlp_AR|merger|patch_merger|patch_merge_mlp)\."),
+    ("projector", r"^(model\.)?(vision_language_adapter|visual_adapter|vision_adapter)\."),
+    ("projector", r"^model\.vision_projection\.|^image_projection$"),
     ("projection", _part("visual_projection|vision_projection|text_projection|image_projection")),
-    ("projection", r"^visual\.proj$"),
+    ("projection", r"^visual\.proj$|^(vision|text)_proj\.|(^|\.)(custom_text_proj|embedding_proj_layer)\."),
     ("vision_tower", _part("vision_tower|vision_model|vision_encoder|vision_backbone|vision_embed_tokens")),
-    ("vision_tower", _part("visual|vision|image_encoder|vit|vpm|visual_tokenizer")),
-    ("audio_tower", _part("audio_tower|audio_model|audio_encoder")),
+    ("vision_tower", _part("visual|vision|image_encoder|vit|vpm|visual_tokenizer|image_embed")),
+    ("vision_tower", _part(r"image_tower|video_tower|video_model|sam_model|high_res_vision_\w+")),
+    ("audio_tower", _part("audio_tower|audio_model|audio_encoder|audio_embed|speech_encoder")),
     ("transformer", _DIT + r"(transformer_blocks|single_transformer_blocks|(joint|double|single)_blocks)\."),
     ("transformer", _DIT + r"((x|t|y|context)_embedder|time_text_embed|(img|txt|time|vector|guidance)_in)\."),
     ("transformer", _DIT + r"(final_layer|norm_out|proj_out|pos_embed\.proj)\.|^model\.diffusion_model\.pos_embed$"),
-    ("unet", r"^(model\.diffusion_model|unet|down_blocks|mid_block|up_blocks|time_embedding)\."),
+    ("transformer", _DIT + r"pos_embed\.pos_embed$"),
+    ("unet", r"^(model\.diffusion_model|down_blocks|mid_block|up_blocks|time_embedding)\."),
     ("unet", r"^(add_embedding|conv_in|conv_out|conv_norm_out)\."),
-    ("vae", r"^(first_stage_model|vae|quant_conv|post_quant_conv)\."),
+    ("vae", r"^(quant_conv|post_quant_conv)\."),
     ("vae", r"^(encoder|decoder)\.(down_blocks|mid_block|up_blocks|conv_in|conv_out|conv_norm_out)\."),
-    ("text_encoder_2", r"^(conditioner\.embedders\.1|text_encoder_2|text_encoders\.clip_g)\."),
-    ("text_encoder_3", r"^(text_encoder_3|text_encoders\.t5xxl)\."),
-    ("text_encoder", r"^(conditioner\.embedders|cond_stage_model|text_encoder|text_encoders)\."),
-    # `text_model` is the text encoder of CLIP and SigLIP, and the language model of Idefics and SmolVLM.
-    ("text_encoder", r"^(\w+\.)?text_model\.(?!(model\.)?(layers|norm|embed_tokens)\.)"),
+    # `text_model` is the text encoder of CLIP and SigLIP, and the language model of Idefics, SmolVLM and Kosmos.
+    ("text_encoder", r"^(\w+\.)?text_model\.(?!(model|layers|norm|embed_tokens|lm_head)\.)"),
     ("text_encoder", r"^(text|transformer\.resblocks|token_embedding|ln_final)\.|^positional_embedding$"),
     ("lm_head", _part("lm_head|embed_out")),
-    ("lm_head", r"^((model|language_model)\.)*output\.weight$|^cls\.predictions\."),
+    ("lm_head", r"^((model|language_model)\.)*output\.(weight|bias)$|^(text_decoder\.)?cls\.predictions\."),
+    ("lm_head", r"(^|\.)transformer\.ff_out\.|^output_projection\.|^final_logits_bias$"),
     ("embeddings", _part("embed_tokens|embed_tokens_per_layer|embed_in|tok_embeddings|word_embeddings")),
-    ("embeddings", r"(^|\.)(wte|wpe|shared)\.weight$|^(\w+\.)?embeddings\."),
+    ("embeddings", r"(^|\.)(wte|wpe|shared)\.(weight|embedding|new_embedding)$"),
+    ("embeddings", r"^(?!(encoder|decoder)\.)(\w+\.)?embeddings\.|^((model|language_model|backbone)\.)+embeddings\."),
     ("encoder", r"^(\w+\.)?encoder\."),
-    ("decoder", r"^(\w+\.)?decoder\."),
-    ("language_model", _part("language_model|text_model|llm|transformer|gpt_neox|backbone")),
-    ("language_model", r"^(\w+\.)*(layers|h)\.[0-9]+\.|^(\w+\.)?(norm|ln_f|final_layernorm|rotary_emb)\."),
+    ("decoder", r"^(\w+\.)?decoder\.|^text_decoder\."),
+    ("language_model", _part("language_model|language|text_model|llm|transformer|gpt_neox|backbone")),
+    # Any number of `model.` below one other word, but no tower: what is called otherwise is better told by its name.
+    ("language_model", _BARE + r"(layers|h|gated_cross_attn_layers|altup_(unembed_)?projections)\.[0-9]+\."),
+    ("language_model", _BARE + r"(norm|ln_f|norm_f|final_norm|final_layer_?norm|layer_norm|embedding_norm)\."),
+    ("language_model", _BARE + r"(rotary_emb|per_layer_model_projection|per_layer_projection_norm|hc_head)\."),
 ]
 _COMPONENTS = [(name, re.compile(pattern)) for name, pattern in _PATTERNS]
 

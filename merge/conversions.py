@@ -7,20 +7,41 @@ so whatever is not as expected here means that nothing is known, and what is ope
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+CHANGED = "transformers does more than put its parts one after the other"
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """A tensor whose name has `large`, up to the end of a word, holds what the names with `small` in its place hold.
+
+    The bytes of the small ones follow each other, expert by expert where a * stands for an expert's number, unless
+    there is a `doubt`. `sure`: whoever says so knows the model, so that shapes need not tell.
+    """
+
+    large: str
+    small: tuple[str, ...]
+    doubt: str = ""
+    sure: bool = False
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        """The names of the parts of a tensor of this name; none if it is another name."""
+        before, found, after = f".{name}.".rpartition(f"{self.large}.")
+        return tuple(f"{before}{words}.{after}".strip(".") for words in self.small) if found else ()
 
 
 @dataclass(frozen=True)
 class Conversions:
-    """`renamed` gives a name as it is in memory, `fused` by the last word of a fused tensor its parts in order."""
+    """`renamed` gives a name as it is in memory, `fusions` are by the names that are left then."""
 
     renamed: Callable[[str], str]
-    fused: Mapping[str, tuple[str, ...]]
+    fusions: tuple[Fusion, ...]
 
 
-NOTHING = Conversions(lambda name: name, {})
+NOTHING = Conversions(lambda name: name, ())
 
 
 def conversions(config: Mapping[str, Any] | None) -> Conversions:
@@ -30,20 +51,35 @@ def conversions(config: Mapping[str, Any] | None) -> Conversions:
         return NOTHING
     try:
         from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-        transforms = [each for kind in kinds for each in get_checkpoint_conversion_mapping(kind) or []]
-        renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
-        fusions = [_fusion(each) for each in transforms if isinstance(each, WeightConverter)]
+        return _conversions([each for kind in kinds for each in get_checkpoint_conversion_mapping(kind) or []])
     except (ImportError, AttributeError, TypeError, ValueError):
         return NOTHING
+
+
+def every_conversion() -> Iterable[Conversions]:
+    """All of the tables, whatever model they are for; none without transformers."""
+    try:
+        from transformers.conversion_mapping import _build_checkpoint_conversion_mapping
+
+        tables = [_conversions(transforms) for transforms in _build_checkpoint_conversion_mapping().values()]
+    except (ImportError, AttributeError, TypeError, ValueError):
+        return
+    yield from tables
+
+
+def _conversions(transforms: Sequence[Any]) -> Conversions:
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+    fusions = [_fusion(each) for each in transforms if isinstance(each, WeightConverter)]
 
     def renamed(name: str) -> str:
         for renaming in renamings:
             name = renaming.rename_source_key(name)[0]
         return name
 
-    return Conversions(renamed, dict(fusion for fusion in fusions if fusion))
+    return Conversions(renamed, tuple(fusion for fusion in fusions if fusion))
 
 
 def _kinds(config: Mapping[str, Any]) -> list[str]:
@@ -52,16 +88,19 @@ def _kinds(config: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(part["model_type"] for part in parts if isinstance(part.get("model_type"), str)))
 
 
-def _fusion(converter: Any) -> tuple[str, tuple[str, ...]] | None:
-    """`experts.*.w1.weight`, `experts.*.w3.weight` -> `experts.gate_up_proj`: ("gate_up_proj", ("w1", "w3")).
+PLAIN = ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)], [("Concatenate", 0)], [("Chunk", 0)])
+"""The operations that move no bytes: experts stacked, their matrices on top of each other, rows joined or cut."""
 
-    Only where experts are stacked and their matrices put on top of each other: what moves no bytes.
-    """
-    done = [(type(operation).__name__, getattr(operation, "dim", None)) for operation in converter.operations]
-    if len(converter.target_patterns) > 1 or done not in (
-        [("MergeModulelist", 0)],
-        [("MergeModulelist", 0), ("Concatenate", 1)],
-    ):
+
+def _fusion(converter: Any) -> Fusion | None:
+    """`experts.*.w1.weight`, `experts.*.w3.weight` -> `experts.gate_up_proj`, or the way back."""
+    sides = [
+        tuple(pattern.replace("\\.", ".").strip("^$") for pattern in side)
+        for side in (converter.source_patterns, converter.target_patterns)
+    ]
+    large, small = sorted(sides, key=lambda side: (len(side), "*" in side[0]))
+    if len(large) > 1:
         return None
-    sources = [source.rstrip("$").removesuffix(".weight") for source in converter.source_patterns]
-    return converter.target_patterns[0].rpartition(".")[2], tuple(source.rpartition(".")[2] for source in sources)
+    done = [(type(operation).__name__, getattr(operation, "dim", None)) for operation in converter.operations]
+    plain = done in PLAIN
+    return Fusion(large[0], small, "" if plain else CHANGED, sure=plain)

@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import ml_dtypes
 import numpy as np
 
 from ggez_merge.align import counterpart
-from ggez_merge.checkpoint import Checkpoint, Tensor
+from ggez_merge.checkpoint import FLOAT8, FLOATS, Checkpoint, Tensor
 from ggez_merge.components import COMPONENTS, component, layer
 from ggez_merge.read import NUMPY_DTYPE, Files
 from ggez_merge.untrusted import printable
@@ -19,20 +18,8 @@ from ggez_merge.untrusted import printable
 if TYPE_CHECKING:
     from rich.console import Console
 
-_FLOATS: dict[str, np.dtype[Any]] = {
-    **NUMPY_DTYPE,
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
-    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
-    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
-}
-_INTEGERS: dict[str, np.dtype[Any]] = {
-    **{f"I{bits}": np.dtype(f"<i{bits // 8}") for bits in (8, 16, 32, 64)},
-    **{f"U{bits}": np.dtype(f"<u{bits // 8}") for bits in (8, 16, 32, 64)},
-    "BOOL": np.dtype(np.uint8),
-}
-_DTYPES = _FLOATS | _INTEGERS
+_FLOATS = FLOATS | FLOAT8
+_INTEGERS = NUMPY_DTYPE.keys() - _FLOATS
 _WORKING_BYTES = 64  # per element of a chunk: two inputs, both in float64, their difference, and masks
 
 
@@ -83,7 +70,7 @@ class Count:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A tensor that both hold, but not in the same shape or dtype: "BF16 [2, 3]"."""
+    """A tensor that both hold, but not in the same shape or dtype: "BF16 [2, 3]"; codes are compared dequantised."""
 
     name: str
     a: str
@@ -147,25 +134,26 @@ def diff(
                 continue
             mismatch = Mismatch(name, _form(ours), _form(theirs))
             pair = {ours.dtype, theirs.dtype}
-            if ours.shape != theirs.shape or not (pair <= _FLOATS.keys() or pair <= _INTEGERS.keys()):
+            if ours.shape != theirs.shape or not (pair <= _FLOATS or pair <= _INTEGERS):
                 not_compared.append(mismatch)
                 continue
-            if len(pair) == 2:
+            if _held(ours) != _held(theirs):
                 other_dtype.append(mismatch)
             change = _compare(files, ours, theirs, buffers, advance)
-            if pair <= _FLOATS.keys():
+            if pair <= _FLOATS:
                 stack, number = layer(name) or (None, None)
                 changes.setdefault((component(name), stack, number), []).append(change)
             elif change.n_changed:
                 integers.append(Count(name, change.n_changed, change.n_elements))
     groups = [Group(*key, total(members)) for key, members in changes.items()]
+    compared = {at.name for name, tensor in theirs_by_name.items() if name in a.tensors for at in tensor.extents}
     return Diff(
         a.reference,
         b.reference,
         tuple(sorted(groups, key=lambda g: (COMPONENTS.index(g.component), g.stack or "", g.number or 0))),
         tuple(integers),
         tuple(sorted(a.tensors.keys() - theirs_by_name.keys())),
-        tuple(sorted({at.name for n, t in theirs_by_name.items() if n not in a.tensors for at in t.extents})),
+        tuple(sorted({tensor.name for tensor in b.tensors.values()} - compared)),
         tuple(other_dtype),
         tuple(not_compared),
         names,
@@ -264,7 +252,7 @@ def _compare(
 
 
 def _read(files: Files, tensor: Tensor, start: int, n: int, buffer: memoryview) -> np.ndarray[Any, Any]:
-    dtype = _DTYPES[tensor.dtype]
+    dtype = NUMPY_DTYPE[tensor.dtype]
     view = buffer[: n * dtype.itemsize]
     files.read(tensor, start * dtype.itemsize, view)
     return np.frombuffer(view, dtype)
@@ -292,7 +280,14 @@ def _change(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> Change:
 
 
 def _form(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)}"
+    return f"{_held(tensor)} {list(tensor.shape)}"
+
+
+def _held(tensor: Tensor) -> str:
+    """The dtype that its file holds it in: codes, where it is made of them."""
+    while tensor.nominal and (tensor.parts or tensor.made):
+        tensor = tensor.parts[0] if tensor.parts else tensor.made.sources[0] if tensor.made else tensor
+    return tensor.dtype
 
 
 def _numbers(change: Change) -> dict[str, Any]:

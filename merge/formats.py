@@ -1,18 +1,21 @@
-"""Formats whose numbers are codes and not weights, each refused by its name: what gives it away, and what to do.
+"""Formats whose numbers are codes and not weights: their names, what gives them away, and what to do.
 
 A mean of two codes means nothing, so none of these can be merged as it is. A model says what it is in config.json
-(`quantization_config.quant_method`) or by tensors that no other model has.
+(`quantization_config.quant_method`) or by tensors that no other model has. Those of `schemes` are dequantised when they
+are read, as far as it knows them; the others are refused.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from ggez_merge.errors import Problem
 from ggez_merge.untrusted import printable
+
+Stated = tuple[str, dict[str, Any], str]  # "text_config.quantization_config", that part of a config, the key in it
 
 ORIGINAL = "merge the models that the quantised ones were made from, and quantise the result"
 
@@ -47,12 +50,13 @@ FORMATS = (
         _on_load("transformers' CompressedTensorsConfig(run_compressed=False)"),
     ),
     Format("MXFP4", ("mxfp4",), (), _on_load("transformers' Mxfp4Config(dequantize=True)")),
-    Format("fp8", ("fp8",), (), "make bfloat16 of weights and scales with ggez_merge.dequantize(weight, scale)"),
-    Format("fbgemm fp8", ("fbgemm_fp8",), (), "make bfloat16 of them with ggez_merge.dequantize(weight, scale)"),
+    Format("fp8", ("fp8",), (), _on_load("transformers' FineGrainedFP8Config(dequantize=True)")),
+    Format("fbgemm fp8", ("fbgemm_fp8",)),
     Format("HQQ", ("hqq",), (("W_q",),)),
     Format("quanto", ("quanto",), (("_data", "_scale"),)),
     Format("AQLM", ("aqlm",), (("codes", "codebooks", "scales"),)),
-    Format("ModelOpt NVFP4", ("modelopt", "nvfp4"), (("weight", "weight_scale", "weight_scale_2"),)),
+    Format("ModelOpt", ("modelopt",)),
+    Format("ModelOpt NVFP4", ("modelopt_fp4", "nvfp4"), (("weight", "weight_scale", "weight_scale_2"),)),
     Format("MLX", (), (("weight", "scales", "biases"),)),
     Format("AutoRound", ("auto-round", "intel/auto-round")),
     Format("EETQ", ("eetq",)),
@@ -73,21 +77,21 @@ def gguf(place: str, found: str) -> Problem:
     return Problem("GGUF files cannot be merged", place, None, ".safetensors files", found, GGUF_REMEDY)
 
 
-def quantised(config: Mapping[str, Any], place: str) -> list[Problem]:
-    """One problem for each part of the model that its config says is quantised."""
-    problems = []
-    pending: list[tuple[str, Mapping[str, Any]]] = [("", config)]
-    while pending:  # a vision-language model may say it of one part only, in text_config
+def known(method: str) -> Format | None:
+    """The format that config.json calls so."""
+    return next((form for form in FORMATS if method.lower() in form.methods), None)
+
+
+def stated(config: dict[str, Any]) -> Iterator[Stated]:
+    """Where a config speaks of quantisation."""
+    pending = [("", config)]  # a vision-language model may say it of one part only
+    while pending:
         where, part = pending.pop()
         for key, value in part.items():
             if key in ("quantization_config", "compression_config") and value:
-                method = str(value.get("quant_method", "unknown method") if isinstance(value, dict) else value)
-                known = next((form for form in FORMATS if method.lower() in form.methods), None)
-                remedy = known.remedy if known else ORIGINAL
-                problems.append(_problem(known.name if known else method, place, None, where + key, remedy))
+                yield where + key, part, key
             elif isinstance(value, dict):
                 pending.append((f"{where}{key}.", value))
-    return problems
 
 
 def given_away(names: Iterable[str], place: str) -> list[Problem]:
@@ -101,15 +105,16 @@ def given_away(names: Iterable[str], place: str) -> list[Problem]:
             having = [module for module, found in modules.items() if found.issuperset(words)]
             if having:
                 first = f"{having[0]}.({', '.join(words)})" + (f" and {len(having) - 1} more" if having[1:] else "")
-                return [_problem(form.name, place, printable(first), None, form.remedy)]
+                return [refusal(form.name, place, printable(first), None, form.remedy)]
     return []
 
 
-def _problem(name: str, place: str, tensor: str | None, found: str | None, remedy: str) -> Problem:
+def refusal(name: str, place: str, tensor: str | None, found: str | None, remedy: str | None = None) -> Problem:
+    """The refusal of a format by its name."""
     return Problem(
         f"the model is quantised ({printable(name)}): its numbers are codes",
         place=place,
         tensor=tensor,
         found=None if found is None else printable(found),
-        remedy=remedy,
+        remedy=remedy or ORIGINAL,
     )

@@ -104,6 +104,15 @@ class Tensor:
         return self.parts or (self,)
 
     @property
+    def stored_bytes(self) -> int:
+        """Bytes of files that its elements come from, at most as many as it has itself."""
+        if self.parts:
+            return sum(part.stored_bytes for part in self.parts)
+        if self.made is None:
+            return self.nbytes
+        return min(self.nbytes, sum(source.stored_bytes for source in self.made.sources))
+
+    @property
     def places(self) -> list[Any]:
         """All that says which bytes it is made of, as JSON can hold it."""
         if self.parts:
@@ -133,7 +142,10 @@ class Span:
         return [self.first]
 
     def fill(self, elements: Elements, first: int, out: Array) -> None:
-        out[:] = elements(self.whole, self.first + first, len(out))
+        if self.whole.made is not None:
+            self.whole.made.fill(elements, self.first + first, out)
+        else:
+            out[:] = elements(self.whole, self.first + first, len(out))
 
 
 def span(tensor: Tensor, first: int, shape: tuple[int, ...]) -> Tensor:

@@ -18,7 +18,9 @@ from ggez_merge.recipe import ModelReference
 
 HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 TIE = "tie_word_embeddings"
-_NOT_TOKENS = re.compile(r"(^|[._])(position\w*|pos|token_type\w*|wpe|patch\w*|norm)([._]|$)", re.IGNORECASE)
+_NOT_TOKENS = re.compile(
+    r"(^|[._])(position\w*|pos|token_type\w*|wpe|patch\w*|norm|transform|final_logits_bias)([._]|$)", re.IGNORECASE
+)
 
 
 def resolve_heads(
@@ -50,7 +52,7 @@ def resolve_heads(
         tied = ", ".join(dict.fromkeys(c.reference for c in everyone if id(c) in stand_ins))
         note = f"{own[0]} has a head of its own, so the result has: the embeddings of {tied} stand in for {head}"
         if config is not None:
-            _untie(config)
+            untie(config)
     return resolved(layout), {reference: resolved(c) for reference, c in checkpoints.items()}, [note]
 
 
@@ -63,9 +65,16 @@ def ties(config: Any) -> bool | None:
 
 
 def _tied(config: Any) -> bool:
-    """Whether a model without a head ties it: its config says so or, being one of transformers, leaves the default."""
+    """Whether a model without a head ties it: its config says so or, being one of transformers, leaves the default.
+
+    A text model that was saved without what stands around it (`Qwen2_5_VLTextModel`) has no head to tie.
+    """
     said = ties(config)
-    return said is True or (said is None and isinstance(config, dict) and "model_type" in config)
+    if said is not None or not isinstance(config, dict):
+        return said is True
+    classes = config.get("architectures")
+    bare = isinstance(classes, list) and any(isinstance(name, str) and name.endswith("Model") for name in classes)
+    return "model_type" in config and not bare
 
 
 def is_vocabulary(name: str, tensor: Tensor) -> bool:
@@ -87,7 +96,7 @@ def _embeddings(checkpoint: Checkpoint) -> Tensor | None:
     return found[0] if len(found) == 1 else None
 
 
-def _untie(config: dict[str, Any]) -> None:
+def untie(config: dict[str, Any]) -> None:
     config[TIE] = False
     for part in config.values():
         if isinstance(part, dict) and (part.get(TIE) is not None or "vocab_size" in part):

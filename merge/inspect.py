@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ggez_merge.checkpoint import Checkpoint, Tensor
+from ggez_merge.checkpoint import ITEM_BITS, Checkpoint, Tensor
 from ggez_merge.components import COMPONENTS, is_norm, layer, split, unrecognised
 from ggez_merge.units import readable_bytes
 from ggez_merge.untrusted import printable
@@ -46,11 +47,12 @@ class Stack:
 
 @dataclass(frozen=True)
 class Summary:
-    """A checkpoint in numbers.
+    """A checkpoint in numbers, as its files hold it.
 
     `architecture` is what its config.json says, None if it says nothing. `norms` are the normalisation layers, which
     `parts` count as well, under the component that each lies in. `unrecognised` is a remark on the tensors that
-    belong to no known component.
+    belong to no known component. `parameters` are the model's: those of quantised weights, without their scales, and
+    `notes` say what a merge makes of them.
     """
 
     reference: str
@@ -66,16 +68,17 @@ class Summary:
     unrecognised: str | None
     stacks: tuple[Stack, ...]
     tensors: tuple[Tensor, ...]
+    notes: tuple[str, ...]
 
 
 def summarise(checkpoint: Checkpoint) -> Summary:
     """Count a checkpoint by component and dtype, and by stack of layers. Reads nothing."""
-    tensors = tuple(checkpoint.tensors.values())
+    tensors = tuple(_as_held(tensor) for tensor in checkpoint.stored.values())
     parts: dict[tuple[str, str], list[Tensor]] = {}
     stacks: dict[tuple[str, str], list[Tensor]] = {}
     dtypes: dict[str, list[Tensor]] = {}
     layers: dict[tuple[str, str], set[int]] = {}
-    labels = split(checkpoint.tensors)
+    labels = split(checkpoint.stored)
     for tensor in tensors:
         of = labels[tensor.name]
         dtypes.setdefault(tensor.dtype, []).append(tensor)
@@ -88,16 +91,17 @@ def summarise(checkpoint: Checkpoint) -> Summary:
         reference=checkpoint.reference,
         revision=checkpoint.revision,
         folder=str(checkpoint.folder),
-        files=tuple(file.path.relative_to(checkpoint.folder).as_posix() for file in checkpoint.files),
+        files=tuple(_relative(file.path, checkpoint.folder) for file in checkpoint.files),
         architecture=_architecture(checkpoint.config),
         parameters=checkpoint.parameters,
         size=_size(tensors),
         dtypes={dtype: _size(dtypes[dtype]) for dtype in sorted(dtypes)},
         parts=tuple(Part(*key, _size(parts[key])) for key in sorted(parts, key=_order)),
         norms=_size(tensor for tensor in tensors if is_norm(tensor.name)),
-        unrecognised=unrecognised(checkpoint.tensors),
+        unrecognised=unrecognised(checkpoint.stored),
         stacks=tuple(Stack(*key, tuple(sorted(layers[key])), _size(stacks[key])) for key in sorted(stacks, key=_order)),
         tensors=tensors,
+        notes=checkpoint.notes,
     )
 
 
@@ -109,7 +113,7 @@ def as_json(summary: Summary, tensors: bool = False) -> dict[str, Any]:
             "name": tensor.name,
             "dtype": tensor.dtype,
             "shape": list(tensor.shape),
-            "file": tensor.file.name,
+            "file": tensor.file.relative_to(summary.folder).as_posix(),
             "offset": tensor.offset,
             "nbytes": tensor.nbytes,
         }
@@ -148,18 +152,30 @@ def show(summary: Summary, console: Console, tensors: bool = False) -> None:
             name = Text(f"{printable(stack.name)}.{_ranges(stack.layers)}", overflow="fold")
             stacks.add_row(Text(printable(stack.component)), name, *_columns(stack.size))
         console.print(stacks)
-    if summary.unrecognised:
-        console.print(Text(f"note: {summary.unrecognised}"), soft_wrap=True)
+    for note in (*summary.notes, *([summary.unrecognised] if summary.unrecognised else [])):
+        console.print(Text(f"note: {note}"), soft_wrap=True)
     if tensors:
         for tensor in summary.tensors:
             line = f"{printable(tensor.name)}  {tensor.dtype} {list(tensor.shape)}  {readable_bytes(tensor.nbytes)}"
             console.print(Text(line), soft_wrap=True)
 
 
+def _as_held(tensor: Tensor) -> Tensor:
+    """With the dtype and bytes that the model has it in, wherever it is made in a wider one."""
+    dtype = tensor.nominal or tensor.dtype
+    return replace(tensor, dtype=dtype, nbytes=tensor.numel * ITEM_BITS[dtype] // 8)
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.as_posix()
+
+
 def _architecture(config: dict[str, Any] | None) -> str | None:
     config = config or {}
     stated = config.get("architectures")
     names = [str(name) for name in stated] if isinstance(stated, list) else []
+    class_name = config.get("_class_name")  # diffusers'
+    names += [class_name] if isinstance(class_name, str) else []
     model_type = config.get("model_type")
     if isinstance(model_type, str):
         names.append(f"({model_type})")

@@ -12,6 +12,7 @@ from ggez_merge.formats import gguf
 from ggez_merge.untrusted import printable, read_json_bytes, strict_json
 
 INDEX = ".index.json"
+DIFFUSERS = "diffusion_pytorch_model"  # the stem of weight files of diffusers' models
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _NUMBERED = re.compile(r"(?P<base>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.(safetensors|bin)")
 _TORCH = re.compile(r"(diffusion_)?pytorch_model(-\d{5}-of-\d{5})?\.bin(\.index\.json)?")
@@ -28,9 +29,9 @@ class Layout:
 def choose(names: Iterable[str], place: str) -> Layout:
     """The checkpoint among the file names of one folder; raises Refused when there is none or more than one.
 
-    safetensors come before pytorch_model.bin, `model.safetensors.index.json` and `model.safetensors` before any other
-    name, as for loaders; otherwise the folder must hold exactly one index, one file, or one complete set of numbered
-    shards.
+    safetensors come before pytorch_model.bin, and what loaders look for (`model.safetensors.index.json` and
+    `model.safetensors`, diffusers' `diffusion_pytorch_model.safetensors`) before any other name, such as that of a copy
+    in float16; otherwise the folder must hold exactly one index, one file, or one complete set of numbered shards.
     """
     names = sorted(names)
     suffix, first = ".safetensors", "model"
@@ -42,10 +43,11 @@ def choose(names: Iterable[str], place: str) -> Layout:
     weights = [name for name in candidates if name.endswith(suffix)]
     numbered = {name: match for name in weights if (match := _NUMBERED.fullmatch(name))}
     singles = [name for name in weights if name not in numbered]
-    if first + suffix + INDEX in indexes:
-        return Layout(first + suffix + INDEX, ())
-    if first + suffix in singles and not any(match["base"] == first for match in numbered.values()):
-        return Layout(None, (first + suffix,))
+    for stem in (first, DIFFUSERS):
+        if stem + suffix + INDEX in indexes:
+            return Layout(stem + suffix + INDEX, ())
+        if stem + suffix in singles and not any(match["base"] == stem for match in numbered.values()):
+            return Layout(None, (stem + suffix,))
     if len(indexes) == 1:
         return Layout(indexes[0], ())
     if not indexes and not numbered and len(singles) == 1:
@@ -78,6 +80,11 @@ def choose(names: Iterable[str], place: str) -> Layout:
     raise Refused(_nothing(names, place))
 
 
+def holds_weights(names: Iterable[str]) -> bool:
+    """Whether there is a file among these that `choose` may take."""
+    return any(name.endswith(".safetensors") or _TORCH.fullmatch(name) for name in names)
+
+
 def _nothing(names: list[str], place: str) -> Problem:
     ggufs = [name for name in names if name.lower().endswith(".gguf")]
     if ggufs:
@@ -86,8 +93,6 @@ def _nothing(names: list[str], place: str) -> Problem:
     if pickles:
         return pickled(place, _some(pickles))
     remedy = "give the folder that holds the .safetensors files or pytorch_model.bin"
-    if "model_index.json" in names:
-        remedy = "this is a diffusers pipeline: give the path of one of its folders, such as unet"
     return Problem("no checkpoint here", place=place, found=_some(names) or "nothing", remedy=remedy)
 
 
@@ -144,7 +149,8 @@ def read_index(path: Path) -> dict[str, str]:
             for found in sorted(unfit)
         )
     lone = path.with_name(whole)
-    if whole in ("model.safetensors", "pytorch_model.bin") and whole not in weight_map.values() and lone.exists():
+    names = ("model.safetensors", "pytorch_model.bin", f"{DIFFUSERS}.safetensors")
+    if whole in names and whole not in weight_map.values() and lone.exists():
         raise Refused(
             Problem(
                 f"two checkpoints in one folder: {whole}, and an index that does not name it",

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ggez_merge.arguments import value_of
+from ggez_merge.diffusion import blocks
 from ggez_merge.errors import Problem
 from ggez_merge.methods import METHODS
 from ggez_merge.methods.method import Job
@@ -111,7 +112,8 @@ def _ratios(
     """The ratio of each group of tied names, by its first name. The first key that selects a name is its own."""
     parameter = METHODS["linear"].shared["ratio"]
     keys = ratio if isinstance(ratio, Mapping) else {"*": ratio}
-    selections = {key: read_selection(key) for key in keys}
+    unet = blocks([name for names in groups for name in names])
+    selections = {key: read_selection(key, unet) for key in keys}
     numbers = {key: value_of(METHODS["linear"], "ratio", parameter, value, problems) for key, value in keys.items()}
     ratios: dict[str, float] = {}
     used: set[str] = set()

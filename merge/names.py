@@ -10,6 +10,7 @@ false one, such as a text layer taken for a vision layer, explains few. Nothing 
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -80,9 +81,25 @@ def match(ours: Shapes, theirs: Shapes, part: Part) -> Match:
     for name in theirs:
         words, numbers = _pattern(name)
         renamed[name] = _filled(search.taken.get(words) or _by_prefix(words, rules), numbers)
+    wrappers = {".".join((*words, "")) for words in search.wrappers if words}
+    for rule, names in _sequences(ours, theirs, renamed, lambda name: part(_unwrapped(name, wrappers))):
+        rules.append(rule)
+        renamed.update(names)
     doubles = {name for name, count in Counter(renamed.values()).items() if count > 1}
     doubled = {name: [own for own in theirs if renamed[own] == name] for name in doubles}
     return Match(renamed, tuple(rules), tuple(search.ambiguous), doubled)
+
+
+def explained(names: Mapping[str, str]) -> tuple[Rule, ...]:
+    """Rules that say of which of their names which is ours."""
+    patterns: Counter[tuple[Words, Words]] = Counter()
+    for theirs, ours in names.items():
+        (left, numbers), (right, others) = _pattern(theirs), _pattern(ours)
+        patterns[(left, right) if numbers == others else (_words(theirs), _words(ours))] += 1
+    pairs: dict[Prefixes, list[_Pair]] = {}
+    for (left, right), n in patterns.items():
+        pairs.setdefault(_difference(left, right), []).append(_Pair(left, right, n))
+    return tuple(_rule(prefixes, members) for prefixes, members in pairs.items())
 
 
 def grouped(names: Iterable[str], most: int = 6) -> str:
@@ -202,6 +219,81 @@ class _Search:
             for words, lead in zip(prefixes, self.wrappers, strict=True)
         )
         return theirs, ours
+
+
+class _Module(NamedTuple):
+    """A module by its last number (0 in `mlp.0`, 1 in `linear_1`), with the shapes and names of its tensors."""
+
+    number: int
+    name: str
+    shapes: dict[str, Shape]
+    tensors: dict[str, str]
+
+
+def _unwrapped(name: str, wrappers: Iterable[str]) -> str:
+    for wrapper in wrappers:
+        name = name.removeprefix(wrapper)
+    return name
+
+
+def _sequences(
+    ours: Shapes, theirs: Shapes, renamed: Mapping[str, str], part: Part
+) -> Iterable[tuple[Rule, dict[str, str]]]:
+    """Modules of one part that only their numbers order: `mlp.0`, `mlp.2` here are `linear_1`, `linear_2` there.
+
+    For that, everything of the part that is left must be modules side by side, of the same kinds and shapes, as many
+    here as there and several of a kind, in the order of their numbers. With the same words in them it is no matter of
+    numbers.
+    """
+    given = set(renamed.values())
+    open_ours = _modules({name: name for name in ours if name not in given}, ours, part)
+    open_theirs = _modules({name: own for own, name in renamed.items() if name not in ours}, theirs, part)
+    for of in open_ours.keys() & open_theirs.keys():
+        left, right = open_theirs[of], open_ours[of]
+        sizes = [len(modules) for modules in left.values()]
+        homes, words = zip(*(_homes(kinds) for kinds in (left, right)), strict=True)
+        if left.keys() != right.keys() or max(sizes) == 1 or max(map(len, homes)) > 1 or words[0] & words[1]:
+            continue
+        pairs = [pair for kind in left for pair in _in_order(left[kind], right[kind])]
+        if len(pairs) == sum(sizes) and all(a.shapes == b.shapes for a, b in pairs):
+            for a, b in pairs:
+                rule = Rule(a.name, b.name, len(a.tensors))
+                yield rule, {own: b.tensors[last] for last, own in a.tensors.items()}
+
+
+Kind = tuple[tuple[str, int], ...]
+
+
+def _modules(names: Mapping[str, str], shapes: Shapes, part: Part) -> dict[str, dict[Kind, list[_Module]]]:
+    """The modules of tensors (canonical name -> own) by part and kind; a kind is how many axes each tensor has."""
+    found: dict[tuple[str, str], _Module] = {}
+    for name, own in names.items():
+        of, (place, _, last) = part(name), own.rpartition(".")
+        if of is not None:
+            digits = re.search(r"[0-9]{0,9}$", place)
+            number = int((digits and digits[0]) or -1)
+            module = found.setdefault((of, place), _Module(number, place, {}, {}))
+            module.shapes[last], module.tensors[last] = shapes[own], own
+    sorted_: dict[str, dict[Kind, list[_Module]]] = {}
+    for (of, _), module in found.items():
+        kind = tuple(sorted((last, len(shape)) for last, shape in module.shapes.items()))
+        sorted_.setdefault(of, {}).setdefault(kind, []).append(module)
+    return sorted_
+
+
+def _homes(kinds: Mapping[Kind, list[_Module]]) -> tuple[set[str], set[str]]:
+    """Where modules lie, and their own words there."""
+    split = [module.name.rpartition(".") for modules in kinds.values() for module in modules]
+    return {place for place, _, _ in split}, {word for _, _, word in split}
+
+
+def _in_order(left: list[_Module], right: list[_Module]) -> list[tuple[_Module, _Module]]:
+    """Paired by number, where each has its own on its side; one alone needs none."""
+    several = len(left) > 1
+    unordered = any(len({m.number for m in side if m.number >= 0}) < len(side) for side in (left, right))
+    if len(left) != len(right) or (several and unordered):
+        return []
+    return list(zip(*(sorted(side, key=lambda module: module.number) for side in (left, right)), strict=True))
 
 
 def _plain(words: Words) -> str:

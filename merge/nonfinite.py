@@ -1,4 +1,4 @@
-"""What is said of NaN, infinities and overflows, wherever they turn up."""
+"""What is said of NaN, infinities, overflows, and of integers that differ, wherever they turn up."""
 
 from __future__ import annotations
 
@@ -31,3 +31,15 @@ def nonfinite_problems(
             found=f"{overflows:,} elements overflow",
             remedy="choose a wider `out_dtype`, or smaller weights",
         )
+
+
+def unequal_problem(tensor: str, dtype: str, places: Sequence[str]) -> Problem:
+    """Why tensors that are no floats are refused, if they differ."""
+    return Problem(
+        f"{dtype} values cannot be averaged, and the inputs' differ",
+        tensor=tensor,
+        expected="the same values in " + ", ".join(places),
+        remedy="`buffers: base` takes the base's integers"
+        if not dtype.startswith("F")
+        else "convert the models to bfloat16 first",
+    )

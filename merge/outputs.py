@@ -13,13 +13,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any, Literal
 
 from ggez_merge.align import Renaming, align
 from ggez_merge.checkpoint import FLOATS, ITEM_BITS, SCALED, Checkpoint, Tensor, promoted
 from ggez_merge.components import component, layer, rename_layer
 from ggez_merge.depth import layer_counts, restate_depth
+from ggez_merge.diffusion import blocks, goes_along, part_of
 from ggez_merge.errors import Problem
 from ggez_merge.heads import resolve_heads
 from ggez_merge.methods.method import Job, Method
@@ -46,7 +46,8 @@ class Output:
     """One tensor of the merged checkpoint.
 
     action: "merge" combines `base` (if the method uses one) and `models` as `job` says; "copy" takes models[0] as it
-    is; "equal" takes models[0] after checking that all of `models` hold the same bytes. `via` says why, for people.
+    is; "equal" takes models[0] after checking that all of `models` hold the same bytes. `via` says why, for people;
+    `owners` whose the models are, where they are merged.
     """
 
     entry: Entry
@@ -55,6 +56,7 @@ class Output:
     models: tuple[Tensor, ...]
     job: Job | None
     via: str
+    owners: tuple[str, ...] = ()
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
@@ -73,7 +75,7 @@ class Assembled:
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     renamings: tuple[Renaming, ...] = ()
-    tokenizer: Path | None = None  # the folder that its tokenizer files come from
+    tokenizer: Checkpoint | None = None  # the input that its tokenizer files come from
     files: dict[str, bytes] = field(default_factory=dict)  # those of them that are written anew
 
 
@@ -92,6 +94,7 @@ def assemble(recipe: Recipe, method: Method, checkpoints: Mapping[ModelReference
     assembled.problems.extend(rows.problems)
     assembled.tokenizer, assembled.files = rows.tokenizer, rows.files
     _Assembler(recipe, method, rows, assembled).run()
+    assembled.problems.extend(aligned.unclear)
     return assembled
 
 
@@ -108,9 +111,11 @@ class _Assembler:
         self.checkpoints = rows.checkpoints
         self.layout = rows.layout
         self.result = assembled
-        self.resolver = Resolver(recipe, method)
+        self.resolver = Resolver(recipe, method, blocks(rows.layout.tensors))
         assembled.given = frozenset(self.resolver.given())
         self.uses_base = method.uses_base(assembled.given)
+        self.goes_along = goes_along(rows.layout)
+        self.passed: list[str] = []  # tensors that the base alone gives
         self.missing: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(dict)  # (lacks, has) -> name -> own
         self.scaled: dict[tuple[str, str], list[str]] = defaultdict(list)  # (file, dtype) -> names
 
@@ -131,6 +136,7 @@ class _Assembler:
             else:
                 self._whole(module, names)
         self._explain_missing()
+        self._explain_passed()
         self._refuse_scaled()
         self.result.problems.extend(self.resolver.problems())
         self._check_together()
@@ -334,8 +340,12 @@ class _Assembler:
     ) -> None:
         """One output from the inputs that should have it: merged if all do, else copied or refused.
 
-        wanted: every input that takes part, base first, with the name of the tensor there.
+        wanted: every input that takes part, base first, with the name of the tensor there. What only goes along with
+        the denoiser of a diffusion pipeline is the base's, unless the recipe names it.
         """
+        if self.goes_along(name) and not self.resolver.named(name) and module.name in (None, "default"):
+            self._pass(name)
+            return
         tensors = [self.checkpoints[reference].tensors.get(own) for reference, own in wanted]
         found = [tensor for tensor in tensors if tensor is not None]
         scaled = [tensor for tensor in found if tensor.dtype in SCALED]
@@ -346,7 +356,8 @@ class _Assembler:
         witness = self.layout.tensors.get(name)
         stacked = any(source.layer_range for source in piece.sources)
         if len(found) == len(tensors) and (witness is not None or stacked):
-            self._add(name, found, module, piece, t)
+            owners = [self.checkpoints[reference].label for reference, _ in wanted]
+            self._add(name, found, owners, module, piece, t)
             return
         lacking = {str(r): own for (r, own), tensor in zip(wanted, tensors, strict=True) if tensor is None}
         if witness is None and not stacked:
@@ -360,17 +371,31 @@ class _Assembler:
         for reference, own in lacking.items():
             self.missing[(reference, owner)][own] = [at.name for at in origin.extents]
 
-    def _add(self, name: str, tensors: Sequence[Tensor], module: Module, piece: Slice, t: float) -> None:
+    def _pass(self, name: str) -> None:
+        """The base's bytes, whatever the recipe's dtype; what the base lacks is left out."""
+        tensor = self.layout.tensors.get(name)
+        if tensor is not None:
+            entry = _entry(name, promoted([tensor]), tensor.shape)
+            self.result.outputs.append(Output(entry, "copy", None, (tensor,), None, f"copied from {self._home()}"))
+            self.passed.append(name)
+
+    def _add(
+        self, name: str, tensors: Sequence[Tensor], owners: Sequence[str], module: Module, piece: Slice, t: float
+    ) -> None:
         shapes = Counter(tensor.shape for tensor in tensors)
         if len(shapes) > 1:
-            vocabulary = component(name) in ("embeddings", "lm_head")
+            remedy = None
+            if component(name) in ("embeddings", "lm_head"):
+                remedy = "`tokenizer: {source: base}` merges rows by token"
+            elif len({tuple(sorted(shape)) for shape in shapes}) == 1:
+                remedy = "one lies on its side: save both with one version of transformers"
             self.result.problems.append(
                 Problem(
                     "the inputs disagree on a tensor's shape",
                     tensor=name,
                     expected=f"{list(tensors[0].shape)} as in {tensors[0].file}",
                     found=", ".join(f"{list(x.shape)} in {x.file}" for x in tensors if x.shape != tensors[0].shape),
-                    remedy="`tokenizer: {source: base}` merges rows by token" if vocabulary else None,
+                    remedy=remedy,
                 )
             )
             return
@@ -380,7 +405,8 @@ class _Assembler:
             base = tensors[0] if self._base(piece) else None
             models = tuple(tensors[1:] if base else tensors)
             entry = _entry(name, dtype, tensors[0].shape)
-            self.result.outputs.append(Output(entry, "merge", base, models, resolved.job, resolved.via))
+            whose = tuple(owners[1:] if base else owners)
+            self.result.outputs.append(Output(entry, "merge", base, models, resolved.job, resolved.via, whose))
             return
         if len({tensor.dtype for tensor in tensors}) > 1:
             self.result.problems.append(
@@ -423,6 +449,16 @@ class _Assembler:
                     remedy="if they are the same model under other names, save both with one version of transformers; "
                     "if not, `missing: copy` copies them unmerged",
                 )
+            )
+
+    def _home(self) -> str:
+        return "the base" if self.recipe.base_model else self.layout.reference
+
+    def _explain_passed(self) -> None:
+        parts = dict.fromkeys(part_of(self.layout, name) for name in self.passed)
+        if parts:
+            self.result.notes.append(
+                f"{', '.join(parts)}: copied from {self._home()}; a line of `components:` that names one has it merged"
             )
 
     def _refuse_scaled(self) -> None:

@@ -8,31 +8,48 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ggez_merge import __version__
 from ggez_merge.align import Renaming
-from ggez_merge.carry import check_chat_template, tokenizer_note
+from ggez_merge.carry import (
+    carried_config,
+    carried_files,
+    check_chat_template,
+    config_bytes,
+    tokenizer_note,
+    updated_config,
+)
 from ggez_merge.check import nearest
-from ggez_merge.checkpoint import ITEM_BITS, Checkpoint, open_checkpoint
+from ggez_merge.checkpoint import ITEM_BITS, Checkpoint, ShardFile, open_checkpoint
+from ggez_merge.diffusion import in_one_file
 from ggez_merge.errors import Problem, Refused
+from ggez_merge.layout import DIFFUSERS
 from ggez_merge.methods import METHODS
 from ggez_merge.methods.method import Method
+from ggez_merge.opening import open_model
 from ggez_merge.outputs import Output, assemble
-from ggez_merge.recipe import ModelReference, Recipe
+from ggez_merge.recipe import ModelReference, Recipe, needed, references
 from ggez_merge.shards import Entry, Shard, split
+from ggez_merge.stages import Stage, home, home_of, stage_checkpoint
 from ggez_merge.write import reserved_bytes
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a merge will do. `notes` are remarks worth a line that are no reason to refuse."""
+    """All that a merge will do. `notes` are remarks worth a line that are no reason to refuse.
+
+    `stages` are the merges that are inputs of this one, or of one another, each after those that it needs; `stage` is
+    what computes the outputs of one of them.
+    """
 
     recipe: Recipe
     method: Method
@@ -45,21 +62,68 @@ class Plan:
     given: frozenset[str]
     notes: tuple[str, ...]
     renamings: tuple[Renaming, ...]
-    tokenizer: Path | None  # the folder that tokenizer files are copied from, the layout's if None
+    tokenizer: Checkpoint | None  # the input whose tokenizer files are copied, the layout if None
     files: dict[str, bytes]  # those of them that are written anew
+    stages: tuple[Plan, ...]
+    stage: Stage | None = None
 
     @cached_property
     def entries(self) -> list[Entry]:
         return [output.entry for output in self.outputs]
 
+    def merged_entries(self, folder: str) -> list[Entry]:
+        """Those of a part of the pipeline that are not just copied."""
+        return [o.entry for o in self.outputs if o.action == "merge" and o.entry.name.startswith(f"{folder}.")]
+
     @property
     def write_bytes(self) -> int:
         return sum(shard.size for shard in self.shards)
 
-    @property
+    @cached_property
     def read_bytes(self) -> int:
-        """Bytes that combining reads."""
-        return sum(tensor.nbytes for output in self.outputs for tensor in output.inputs)
+        """Bytes that combining reads; for what a stage computes, those that it reads for that, on average."""
+        each = {
+            home(str(stage.recipe.name)): stage.read_bytes / max(1, sum(entry.nbytes for entry in stage.entries))
+            for stage in self.stages
+        }
+        read: Counter[Path] = Counter()
+        for tensor in (tensor for output in self.outputs for tensor in output.inputs):
+            stage = home_of(tensor.file)
+            read[stage] += tensor.nbytes if stage in each else tensor.stored_bytes
+        return sum(round(nbytes * each.get(folder, 1)) for folder, nbytes in read.items())
+
+    @cached_property
+    def weight_files(self) -> list[ShardFile]:
+        """Every file that is read, for a stage or for this merge itself, once."""
+        checkpoints = [each for plan in (*self.stages, self) for each in plan.checkpoints if not each.is_stage]
+        return list({file.path: file for checkpoint in checkpoints for file in checkpoint.files}.values())
+
+    @cached_property
+    def chunk_bytes(self) -> int:
+        """What a worker computes spans of its stages in, beside its slot: a chunk at every stage of the longest way."""
+        return max((stage.stage.chunk_bytes + stage.chunk_bytes for stage in self.stages if stage.stage), default=0)
+
+    @property
+    def written(self) -> list[Plan]:
+        """The stages that have an output of their own."""
+        return [stage for stage in self.stages if stage.recipe.output.path is not None]
+
+    def texts(self, code: bool) -> dict[str, Path | bytes]:
+        """The small files of the result, each as its content or where that is; custom code only if asked for."""
+        texts: dict[str, Path | bytes] = {}
+        for name, text in carried_files(self.layout, code, self.tokenizer).items():
+            if name in self.files:
+                texts[name] = self.files[name]
+            elif self.layout.parts:
+                entries = self.merged_entries(name.partition("/")[0])
+                texts[name] = carried_config(name, text, self.layout, entries)
+            elif name != "config.json":
+                texts[name] = text
+        if self.config is not None and not self.layout.parts:
+            texts["config.json"] = config_bytes(updated_config(self.config, self.entries))
+        if self.recipe.chat_template not in (None, "auto"):
+            texts["chat_template.jinja"] = str(self.recipe.chat_template).encode()
+        return texts
 
     @property
     def measure_bytes(self) -> int:
@@ -89,9 +153,13 @@ class Plan:
             "version": __version__,
             "method": self.method.name,
             "nonfinite": self.recipe.nonfinite,
-            "config": self.config,
+            "config": [self.config, self.layout.parts],
             "chat_template": self.recipe.chat_template,
-            "tokenizer": [str(self.tokenizer), {name: raw.decode() for name, raw in self.files.items()}],
+            "stages": [stage.fingerprint for stage in self.stages],
+            "tokenizer": [
+                str(self.tokenizer and self.tokenizer.folder),
+                {name: raw.decode() for name, raw in self.files.items()},
+            ],
             "inputs": [
                 [str(file.path), file.size, file.mtime_ns, file.header_hash]
                 for checkpoint in self.checkpoints
@@ -112,31 +180,73 @@ class Plan:
         return hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def make_plan(recipe: Recipe, out: Path | None = None) -> Plan:
-    """The plan of a recipe; `out` overrides the recipe's own output folder. Raises Refused with every problem found."""
+def make_plan(recipe: Recipe, out: Path | None = None, written: Collection[str | None] = ()) -> Plan:
+    """The plan of a recipe; `out` overrides the recipe's own output folder. Raises Refused with every problem found.
+
+    written: names of stages with an output of their own that are there already: these are read like any checkpoint.
+    """
     problems: list[Problem] = []
+    opened: dict[ModelReference, Checkpoint | None] = {}
+    plans: dict[str | None, Plan] = {}
+    for each in needed(recipe, recipe.stages, written):
+        reference = ModelReference(str(each.name))
+        if each.name in written:
+            folder = _output_folder(each, None, problems)
+            opened[reference] = replace(open_checkpoint(str(folder)), reference=str(each.output.path))
+            continue
+        folder = None if each.output.path is None else _output_folder(each, None, problems)
+        plan = _plan(each, folder, opened, plans, problems)
+        opened[reference] = None
+        if plan is not None:
+            stage = Stage(reference.path, plan.outputs, each.nonfinite)
+            plans[each.name] = replace(plan, stage=stage)
+            config = None if plan.config is None else updated_config(plan.config, plan.entries)
+            texts = {} if config is None else plan.texts(code=True)
+            opened[reference] = stage_checkpoint(stage, plan.shards, config, plan.layout.parts, texts)
+    plan = _plan(recipe, _output_folder(recipe, out, problems), opened, plans, problems)
+    if plan is not None:
+        outputs = [*(one for one in plans.values() if one.recipe.output.path), plan]
+        problems.extend(_in_the_way(outputs, [each for each in opened.values() if each and not each.is_stage]))
+        problems.extend(_space(outputs))
+    if plan is None or problems:
+        raise Refused(problems)
+    return plan
+
+
+def _plan(
+    recipe: Recipe,
+    folder: Path | None,
+    opened: dict[ModelReference, Checkpoint | None],
+    plans: Mapping[str | None, Plan],
+    problems: list[Problem],
+) -> Plan | None:
+    """The plan of one document, whose stages are in `plans`; None, and problems, if that cannot be told.
+
+    folder: where it is written; a stage that is not written has none. opened: all models so far, to which its own are
+    added; None for one that cannot be opened.
+    """
+    before = len(problems)
     method = METHODS.get(recipe.merge_method)
     if method is None:
         problems.append(_unknown_method(recipe))
-    opened = _open_all(recipe, problems)
-    folder = _output_folder(recipe, out, problems)
-    if method is None or folder is None or any(checkpoint is None for checkpoint in opened.values()):
-        raise Refused(problems)
-    checkpoints = _shared({reference: checkpoint for reference, checkpoint in opened.items() if checkpoint})
-    problems.extend(_clashes(recipe, checkpoints, folder))
+    _open_all(recipe, opened, problems)
+    own = {reference: opened[reference] for reference, _ in references(recipe)}
+    if method is None or len(problems) > before or any(checkpoint is None for checkpoint in own.values()):
+        return None
+    checkpoints = _shared({reference: checkpoint for reference, checkpoint in own.items() if checkpoint})
+    problems.extend(_doubles(recipe, checkpoints))
     assembled = assemble(recipe, method, checkpoints)
     problems.extend(assembled.problems)
     shards = split(
         [output.entry for output in assembled.outputs],
-        recipe.output.shard_size_bytes,
-        _stem(assembled.layout),
+        math.inf if in_one_file(assembled.layout) else recipe.output.shard_size_bytes,
+        _stems(assembled.layout),
     )
-    if not assembled.outputs and not problems:
+    if not assembled.outputs and not assembled.problems:
         problems.append(Problem("nothing to merge: the inputs hold no tensors", place=assembled.layout.reference))
     problems.extend(check_chat_template(recipe))
-    problems.extend(_space(folder, sum(shard.size for shard in shards)))
-    if problems:
-        raise Refused(problems)
+    if len(problems) > before:
+        return None
     return Plan(
         recipe=recipe,
         method=method,
@@ -144,27 +254,15 @@ def make_plan(recipe: Recipe, out: Path | None = None) -> Plan:
         checkpoints=tuple(unique(checkpoints.values())),
         outputs=tuple(assembled.outputs),
         shards=tuple(shards),
-        folder=folder,
+        folder=home(str(recipe.name)) if folder is None else folder,
         config=assembled.config,
         given=assembled.given,
-        notes=(*assembled.notes, *tokenizer_note(recipe, assembled.layout, checkpoints)),
+        notes=(*_dequantised(checkpoints), *assembled.notes, *tokenizer_note(recipe, assembled.layout, checkpoints)),
         renamings=assembled.renamings,
         tokenizer=assembled.tokenizer,
         files=assembled.files,
+        stages=tuple(plans[name] for name in _planned(recipe, plans)),
     )
-
-
-def references(recipe: Recipe) -> list[tuple[ModelReference, tuple[str | int, ...]]]:
-    """Every model the recipe names, with the place of its name, in order, base first."""
-    found: list[tuple[ModelReference, tuple[str | int, ...]]] = []
-    if recipe.base_model:
-        found.append((recipe.base_model, ("base_model",)))
-    for module in recipe.modules:
-        for piece in module.slices:
-            if piece.base_model:
-                found.append((piece.base_model, (*piece.where, "base_model")))
-            found.extend((source.model, (*source.where, "model")) for source in piece.sources)
-    return found
 
 
 def unique(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
@@ -184,6 +282,12 @@ def _files(checkpoint: Checkpoint) -> tuple[Path, ...]:
     return tuple(file.path.resolve() for file in checkpoint.files)
 
 
+def _dequantised(checkpoints: Mapping[ModelReference, Checkpoint]) -> list[str]:
+    return [
+        f"{checkpoint.reference}: {note}" for checkpoint in unique(checkpoints.values()) for note in checkpoint.notes
+    ]
+
+
 def _unknown_method(recipe: Recipe) -> Problem:
     return Problem(
         f"there is no merge method {recipe.merge_method!r}",
@@ -193,18 +297,21 @@ def _unknown_method(recipe: Recipe) -> Problem:
     )
 
 
-def _open_all(recipe: Recipe, problems: list[Problem]) -> dict[ModelReference, Checkpoint | None]:
+def _open_all(recipe: Recipe, opened: dict[ModelReference, Checkpoint | None], problems: list[Problem]) -> None:
     search = [recipe.path.parent, Path(".")] if recipe.path else [Path(".")]
-    opened: dict[ModelReference, Checkpoint | None] = {}
     for reference, _ in references(recipe):
         if reference in opened:
             continue
+        bases = [ModelReference(reference.path, reference.revision), recipe.base_model]
+        if reference.adapter and any(base in opened and opened[base] is None for base in bases if base):
+            opened[reference] = None  # nor can it be opened with an adapter
+            continue
+        known = {there: checkpoint for there, checkpoint in opened.items() if checkpoint}
         try:
-            opened[reference] = open_checkpoint(reference.path, reference.revision, search)
+            opened[reference] = open_model(reference, search, recipe.base_model, known)
         except Refused as refused:
             opened[reference] = None
             problems.extend(refused.problems)
-    return opened
 
 
 def _output_folder(recipe: Recipe, out: Path | None, problems: list[Problem]) -> Path | None:
@@ -223,17 +330,32 @@ def _output_folder(recipe: Recipe, out: Path | None, problems: list[Problem]) ->
     return None
 
 
-def _clashes(recipe: Recipe, checkpoints: dict[ModelReference, Checkpoint], folder: Path) -> Iterable[Problem]:
-    """The same model twice in one list, or an output that would replace an input."""
-    for checkpoint in unique(checkpoints.values()):
-        home = checkpoint.folder.resolve()
-        if home == folder.resolve() or folder.resolve() in home.parents:
-            yield Problem(
-                "the output folder is (or holds) an input",
-                place=str(folder),
-                found=checkpoint.reference,
-                remedy="choose another output folder",
-            )
+def _planned(recipe: Recipe, plans: Collection[str | None]) -> list[str | None]:
+    """The stages that are computed for this document, of those that have plans: the others are read."""
+    there = [stage.name for stage in recipe.stages if stage.name not in plans]
+    return [stage.name for stage in needed(recipe, recipe.stages, there) if stage.name in plans]
+
+
+def _in_the_way(plans: Sequence[Plan], inputs: Iterable[Checkpoint]) -> Iterable[Problem]:
+    """An output that would replace an input or another output."""
+    for number, plan in enumerate(plans):
+        folder = plan.folder.resolve()
+        homes = {checkpoint.reference: checkpoint.folder.resolve() for checkpoint in unique(inputs)}
+        others = {str(one.folder): one.folder.resolve() for one in plans[number + 1 :]}
+        others |= {str(one.folder): where for one in plans[:number] if (where := one.folder.resolve()) != folder}
+        for what, places in (("an input", homes), ("another output", others)):
+            for name, where in places.items():
+                if folder == where or folder in where.parents:
+                    yield Problem(
+                        f"the output folder is (or holds) {what}",
+                        place=str(plan.folder),
+                        found=name,
+                        remedy="choose another output folder",
+                    )
+
+
+def _doubles(recipe: Recipe, checkpoints: dict[ModelReference, Checkpoint]) -> Iterable[Problem]:
+    """The same model twice in one list."""
     for module in recipe.modules:
         for piece in module.slices:
             seen: dict[tuple[object, ...], str] = {}
@@ -249,25 +371,38 @@ def _clashes(recipe: Recipe, checkpoints: dict[ModelReference, Checkpoint], fold
                 seen.setdefault(key, str(source.model))
 
 
-def _space(folder: Path, needed: int) -> Iterable[Problem]:
-    free = free_bytes(folder) + reserved_bytes(folder)
-    if needed > free:
-        yield Problem(
-            "not enough free space for the merged checkpoint",
-            place=str(folder),
-            expected=f"{needed:,} bytes",
-            found=f"{free:,} bytes free",
-            remedy="free some space or write elsewhere with --out",
-        )
+def _space(plans: Sequence[Plan]) -> Iterable[Problem]:
+    """Too little space on a disk for all that is to be written there, but for stages that an earlier run may have."""
+    disks: dict[int, list[Plan]] = defaultdict(list)
+    for plan in plans:
+        disks[os.stat(_existing(plan.folder)).st_dev].append(plan)
+    for there in disks.values():
+        missing = [plan for plan in there if plan.stage is None or not plan.folder.exists()]
+        wanted = sum(plan.write_bytes for plan in missing)
+        free = free_bytes(there[-1].folder) + sum(reserved_bytes(plan.folder) for plan in there)
+        if wanted > free:
+            yield Problem(
+                "not enough free space for the merged checkpoint",
+                place=", ".join(str(plan.folder) for plan in missing),
+                expected=f"{wanted:,} bytes",
+                found=f"{free:,} bytes free",
+                remedy="free some space or write elsewhere with --out",
+            )
 
 
-def _stem(layout: Checkpoint) -> str:
-    """What loaders expect the weight files to be called; only diffusers' models have a name of their own."""
-    diffusers = layout.files[0].path.name.startswith("diffusion_pytorch_model")
-    return "diffusion_pytorch_model" if diffusers else "model"
+def _stems(layout: Checkpoint) -> dict[str, str]:
+    """What loaders expect the weight files to be called, by folder; only diffusers' models have a name of their own."""
+    names = {
+        folder: [f.path.name for f in layout.files if f.path.is_relative_to(layout.folder / folder)]
+        for folder in layout.parts or ("",)
+    }
+    return {folder: DIFFUSERS if own[0].startswith(DIFFUSERS) else "model" for folder, own in names.items()}
 
 
 def free_bytes(folder: Path) -> int:
     """Free bytes on the disk that holds (or will hold) the folder."""
-    existing = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
-    return shutil.disk_usage(existing).free
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def _existing(folder: Path) -> Path:
+    return next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))

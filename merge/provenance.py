@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import re
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from ggez_merge import __version__
 from ggez_merge.carry import of_diffusers
 from ggez_merge.checkpoint import Checkpoint
+from ggez_merge.lineage import has_lineage, origin, tree
 from ggez_merge.outputs import Output
 from ggez_merge.plan import Plan
 from ggez_merge.run import Outcome, Tally
@@ -34,13 +36,15 @@ METHOD_NAMES = {
 
 
 def labels(plan: Plan) -> dict[Path, str]:
-    """Weight file -> the model that it belongs to."""
-    return {file.path: named(checkpoint) for checkpoint in plan.checkpoints for file in checkpoint.files}
-
-
-def named(checkpoint: Checkpoint) -> str:
-    """As the recipe names it, with the commit if it came from Hugging Face."""
-    return f"{checkpoint.reference}@{checkpoint.revision}" if checkpoint.revision else checkpoint.reference
+    """Weight file -> the model that it belongs to: those of a base with an adapter are the base's and the adapter's."""
+    found: dict[Path, str] = {}
+    for checkpoint in plan.checkpoints:
+        at: Checkpoint | None = checkpoint
+        while at is not None:
+            own = set(at.files) - set(at.base.files if at.base else ())
+            found.update({file.path: at.label for file in own})
+            at = at.base
+    return found
 
 
 def role(plan: Plan, checkpoint: Checkpoint) -> str:
@@ -62,19 +66,8 @@ def report(plan: Plan, outcome: Outcome, files: dict[str, dict[str, Any]]) -> di
         "fingerprint": plan.fingerprint,
         "method": plan.method.name,
         "recipe": plan.recipe.text,
-        "inputs": [
-            {
-                "reference": checkpoint.reference,
-                "revision": checkpoint.revision,
-                "role": role(plan, checkpoint),
-                "parameters": checkpoint.parameters,
-                "files": {
-                    file.path.name: {"bytes": file.size, "xxh3_128": outcome.input_hashes[str(file.path)]}
-                    for file in checkpoint.files
-                },
-            }
-            for checkpoint in plan.checkpoints
-        ],
+        "inputs": [_input(plan, checkpoint, outcome.input_hashes) for checkpoint in plan.checkpoints],
+        "stages": [_stage(stage, outcome.input_hashes) for stage in plan.stages],
         "names": renamings(plan),
         "outputs": files,
         "run": {
@@ -95,10 +88,43 @@ def report(plan: Plan, outcome: Outcome, files: dict[str, dict[str, Any]]) -> di
     }
 
 
+def _input(plan: Plan, checkpoint: Checkpoint, hashes: dict[str, str]) -> dict[str, Any]:
+    said: dict[str, Any] = {
+        "reference": checkpoint.reference,
+        "revision": checkpoint.revision,
+        "role": role(plan, checkpoint),
+        "parameters": checkpoint.parameters,
+    }
+    if checkpoint.is_stage:
+        return {**said, "stage": checkpoint.reference, "files": {}}
+    files = {file.path: {"bytes": file.size, "xxh3_128": hashes[str(file.path)]} for file in checkpoint.files}
+    said["files"] = {_relative(path, checkpoint.folder): entry for path, entry in files.items()}
+    earlier = origin(checkpoint, hashes)
+    return said if earlier is None else {**said, "origin": earlier}
+
+
+def _relative(path: Path, folder: Path) -> str:
+    """Its name, below the model's folder where it lies there: an adapter's does not."""
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
+
+
+def _stage(plan: Plan, hashes: dict[str, str]) -> dict[str, Any]:
+    return {
+        "name": plan.recipe.name,
+        "method": plan.method.name,
+        "recipe": plan.recipe.document.text,
+        "fingerprint": plan.fingerprint,
+        "inputs": [_input(plan, checkpoint, hashes) for checkpoint in plan.checkpoints],
+        "names": renamings(plan),
+        "groups": [asdict(group) for group in groups(plan)],
+        "notes": list(plan.notes),
+    }
+
+
 def _tensor(output: Output, tally: Tally, names: dict[Path, str]) -> dict[str, Any]:
     said: dict[str, Any] = {"action": output.action, "via": output.via}
     if output.job is not None:
-        said["parameters"] = applied(output, [names[tensor.file] for tensor in output.models])
+        said["parameters"] = applied(output, output.owners)
     if output.base is not None and tally.delta_squares:
         said["delta_norms"] = [_norm(square) for square in tally.delta_squares]
     if any(tensor.name != output.entry.name for tensor in output.inputs):  # another layout, or layers stacked anew
@@ -127,10 +153,12 @@ def report_bytes(content: dict[str, Any]) -> bytes:
     return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def model_card(plan: Plan, name: str) -> bytes:
-    """README.md of the merged checkpoint."""
+def model_card(plan: Plan, name: str, said: dict[str, Any]) -> bytes:
+    """README.md of the merged checkpoint; said: its report."""
     # a card is read elsewhere: local paths mean nothing there
-    hub = dict.fromkeys(checkpoint.reference for checkpoint in plan.checkpoints if checkpoint.revision)
+    merges = (*plan.stages, plan)
+    inputs = [at for each in merges for c in each.checkpoints for at in (c.base, c) if at]
+    hub = dict.fromkeys(checkpoint.reference for checkpoint in inputs if checkpoint.revision)
     front = ["---"]
     if plan.config is not None:
         front.append(f"library_name: {'diffusers' if of_diffusers(plan.config) else 'transformers'}")
@@ -140,15 +168,11 @@ def model_card(plan: Plan, name: str) -> bytes:
         "tags:",
         "- merge",
         "- ggez-merge",
-        f"- {plan.method.name}",
+        *dict.fromkeys(f"- {each.method.name}" for each in reversed(merges)),
         "---",
     ]
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", plan.recipe.text)), default=0))
-    rows = [
-        _row(printable(group.component), group.via, group.parameters, group.n_tensors, f"{group.n_elements:,}")
-        for group in groups(plan)
-    ]
-    inputs = [_row(named(c), role(plan, c), f"{c.parameters:,}", readable_bytes(c.nbytes)) for c in plan.checkpoints]
+    table = [_row(c.label, role(plan, c), f"{c.parameters:,}", readable_bytes(c.nbytes)) for c in plan.checkpoints]
     text = [
         *front,
         "",
@@ -159,15 +183,13 @@ def model_card(plan: Plan, name: str) -> bytes:
         "",
         "| input | role | parameters | size |",
         "|---|---|---|---|",
-        *inputs,
+        *table,
         "",
+        *(["## Where it comes from", "", *tree(said, METHOD_NAMES), ""] if has_lineage(said) else []),
         "## What was merged how",
         "",
-        "| component | reached by | parameters | tensors | elements |",
-        "|---|---|---|---|---|",
-        *rows,
-        "",
-        *([f"- {note}" for note in plan.notes] + [""] if plan.notes else []),
+        *(line for stage in plan.stages for line in _how(stage, f"### The stage {stage.recipe.name}")),
+        *_how(plan, "### The whole" if plan.stages else None),
         "## Recipe",
         "",
         f"{fence}yaml",
@@ -179,6 +201,22 @@ def model_card(plan: Plan, name: str) -> bytes:
         "",
     ]
     return "\n".join(text).encode()
+
+
+def _how(plan: Plan, heading: str | None) -> list[str]:
+    """What was done to which tensors, as a table."""
+    rows = [
+        _row(printable(group.component), group.via, group.parameters, group.n_tensors, f"{group.n_elements:,}")
+        for group in groups(plan)
+    ]
+    return [
+        *([heading, "", f"By {METHOD_NAMES[plan.method.name]}.", ""] if heading else []),
+        "| component | reached by | parameters | tensors | elements |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+        *([f"- {note}" for note in plan.notes] + [""] if plan.notes else []),
+    ]
 
 
 def _row(*cells: object) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ggez_merge.backend import dequantizer
+from ggez_merge.arithmetic import dequantizer
 from ggez_merge.errors import Problem, Refused
 
 

@@ -20,12 +20,21 @@ from ggez_merge.checkpoint import ShardFile, Tensor
 from ggez_merge.errors import Failed
 
 ALIGNMENT = 4096  # what direct IO needs, and more than any vector unit asks for
-NUMPY_DTYPE = {
+NUMPY_DTYPE: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
     "F32": np.dtype(np.float32),
     "F64": np.dtype(np.float64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+    **{f"I{bits}": np.dtype(f"<i{bits // 8}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": np.dtype(f"<u{bits // 8}") for bits in (8, 16, 32, 64)},
+    "BOOL": np.dtype(np.uint8),
 }
+"""How elements lie in memory; dtypes of less than a byte, and complex ones, have no arithmetic here."""
 
 
 def align(n_bytes: int) -> int:

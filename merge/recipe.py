@@ -10,16 +10,18 @@
     output: {path: ./merged, shard_size: 5GB}
 
 Keys mean what they mean in mergekit, which has no `components`, `output`, `nonfinite`, `missing`, `buffers`.
-Every problem in the file is found and raised at once. Which parameters a method takes is not known here.
+Several documents in one file are stages of one merge (chain.py). Every problem in the file is found and raised at
+once. Which parameters a method takes is not known here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ggez_merge.chain import NAME, Link, Use, ordered, override_all
 from ggez_merge.check import Check, listed, nearest
 from ggez_merge.errors import Problem, Refused
 from ggez_merge.parameters import Filtered, Scalar, Value, read_parameters
@@ -39,7 +41,9 @@ __all__ = [
     "Source",
     "Value",
     "load_recipe",
+    "needed",
     "parse_recipe",
+    "references",
     "resolve_path",
 ]
 
@@ -49,14 +53,11 @@ DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F6
 # The keys of each kind of mapping, and mergekit's keys that are refused there, each with what to do about it.
 SWEEP_KEYS = ("sweep", "evaluate", "select")  # for `ggez-merge sweep`; a merge passes over them
 RECIPE_KEYS = (
-    *("merge_method", "base_model", "models", "slices", "modules", "parameters", "components"),
+    *("name", "merge_method", "base_model", "models", "slices", "modules", "parameters", "components"),
     *("dtype", "out_dtype", "tokenizer", "tokenizer_source", "chat_template"),
     *("nonfinite", "missing", "buffers", "output"),
     *SWEEP_KEYS,
 )
-RECIPE_UNSUPPORTED = {
-    "name": "remove it: it names one of several merges in a file, and this file is one merge",
-}
 MODEL_KEYS = ("model", "parameters")
 MODEL_UNSUPPORTED = {"layer_range": "use `slices`, whose sources have layer ranges"}
 SOURCE_KEYS = ("model", "layer_range", "parameters")
@@ -104,8 +105,12 @@ class Output:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a recipe says. dtypes are safetensors tags ("BF16"); `text` is the YAML, overrides applied."""
+    """What a recipe says. dtypes are safetensors tags ("BF16"); `text` is the YAML, overrides applied.
 
+    `stages` are the other documents that it needs, each after those that it needs itself; `text` has them too.
+    """
+
+    name: str | None
     merge_method: str
     modules: list[Module]
     base_model: ModelReference | None
@@ -122,6 +127,7 @@ class Recipe:
     path: Path | None
     text: str
     document: Document = field(repr=False, compare=False)
+    stages: tuple[Recipe, ...] = ()
 
     def line(self, *where: str | int) -> int | None:
         """The 1-based line of a key or element, or of what encloses it; None: whole file, or a `--set`."""
@@ -149,20 +155,74 @@ def parse_recipe(text: str, path: Path | None = None, overrides: Sequence[str] =
     Raises Refused with every problem found.
     """
     problems: list[Problem] = []
-    document = parse(text, "recipe" if path is None else str(path), overrides, problems)
-    recipe = _read(Check(document, path, problems), document.dump() if overrides else text)
+    documents = parse(text, "recipe" if path is None else str(path), problems)
+    override_all(documents, overrides, problems)
+    recipes = [_read(Check(document, path, problems)) for document in documents]
+    written = [resolve_path(recipe.output.path, path) for recipe in recipes if recipe.output.path]
+    order = ordered([_link(recipe, written) for recipe in recipes], problems)
+    for recipe in (recipes[number] for number in order[:-1]):
+        if recipe.output.path is None and recipe.output != Output():
+            what, remedy = "this document is not written, so it has no files", "remove `output`, or add its `path`"
+            problems.append(Problem(what, recipe.place("output"), remedy=remedy))
     if problems:
         raise Refused(problems)
-    return recipe
+    chain: dict[str | None, Recipe] = {}
+    for number in order:
+        recipe = recipes[number]
+        stages = needed(recipe, [*chain.values()])
+        said = "---\n".join(each.document.text for each in (*stages, recipe))
+        if number == order[-1] and not overrides:
+            said = text
+        chain[recipe.name] = replace(recipe, stages=tuple(stages), text=said)
+    return chain[recipes[order[-1]].name]
 
 
-def _read(check: Check, text: str) -> Recipe:
-    top = check.mapping((), check.document.data, RECIPE_KEYS, RECIPE_UNSUPPORTED)
+def references(recipe: Recipe) -> list[tuple[ModelReference, Where]]:
+    """Every model the recipe names, with the place of its name, in order, base first."""
+    found: list[tuple[ModelReference, Where]] = []
+    if recipe.base_model:
+        found.append((recipe.base_model, ("base_model",)))
+    for module in recipe.modules:
+        for piece in module.slices:
+            if piece.base_model:
+                found.append((piece.base_model, (*piece.where, "base_model")))
+            found.extend((source.model, (*source.where, "model")) for source in piece.sources)
+    return found
+
+
+def needed(recipe: Recipe, stages: Sequence[Recipe], there: Collection[str | None] = ()) -> list[Recipe]:
+    """Those of the stages that a recipe needs, itself or for one of them that is not `there` yet, in their order."""
+    names: set[str | None] = {reference.path for reference, _ in references(recipe)}
+    for stage in reversed(stages):
+        if stage.name in names and stage.name not in there:
+            names |= {reference.path for reference, _ in references(stage)}
+    return [stage for stage in stages if stage.name in names]
+
+
+def _link(recipe: Recipe, written: Collection[Path | None]) -> Link:
+    """What a document's place in a chain depends on; written: the folders that the documents write, as far as there."""
+
+    def use(reference: ModelReference, where: Where) -> Use:
+        there = any(resolve_path(name, recipe.path) for name in (reference.path, str(reference)))
+        return Use(reference.path, reference.revision, there, recipe.place(*where))
+
+    namesake = resolve_path(recipe.name, recipe.path) if recipe.name else None
+    return Link(
+        name=recipe.name,
+        place=recipe.place("name"),
+        namesake=str(namesake) if namesake and namesake not in written else None,
+        uses=tuple(use(*found) for found in references(recipe)),
+    )
+
+
+def _read(check: Check) -> Recipe:
+    top = check.mapping((), check.document.data, RECIPE_KEYS)
     for key in SWEEP_KEYS:
         check.mapping((key,), top.get(key))
     output = check.mapping(("output",), top.get("output"), OUTPUT_KEYS)
     check.required((), top, "merge_method")
     return Recipe(
+        name=_name(check, top.get("name")),
         merge_method=check.text(("merge_method",), top.get("merge_method")) or "",
         modules=_modules(check, top),
         base_model=read_reference(check, ("base_model",), top.get("base_model")),
@@ -183,9 +243,18 @@ def _read(check: Check, text: str) -> Recipe:
             shard_size_bytes=_shard_size_bytes(check, ("output", "shard_size"), output.get("shard_size")),
         ),
         path=check.path,
-        text=text,
+        text=check.document.text,
         document=check.document,
     )
+
+
+def _name(check: Check, value: Any) -> str | None:
+    name = check.text(("name",), value)
+    if name is not None and not NAME.fullmatch(name):
+        expected = "letters, digits, `_`, `-` and `.`, none of the last two in front"
+        check.refuse(("name",), "this cannot be the name of a document", expected, name)
+        return None
+    return name
 
 
 def _modules(check: Check, top: dict[str, Any]) -> list[Module]:

@@ -8,6 +8,7 @@ Of several lines of `components:`, the first that selects the tensor wins.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,11 @@ from ggez_merge.recipe import Module, Recipe, Slice
 from ggez_merge.selection import read_selection, remedy
 from ggez_merge.untrusted import printable
 from ggez_merge.yaml_lines import Where
+
+# LFM2's final norm is called as if it were that of its embeddings.
+_LAST = re.compile(
+    r"^(\w+\.){0,2}(conv_out|proj_out|norm_out|final_layer)\.|^(model\.)?(language_model\.)?embedding_norm\."
+)
 
 
 @dataclass(frozen=True)
@@ -41,12 +47,15 @@ class Resolved:
 
 
 class Resolver:
-    """Resolves one recipe's parameters, remembering which of its lines were used and what was wrong."""
+    """Resolves one recipe's parameters, remembering which of its lines were used and what was wrong.
 
-    def __init__(self, recipe: Recipe, method: Method) -> None:
+    blocks: of a UNet, by tensor.
+    """
+
+    def __init__(self, recipe: Recipe, method: Method, blocks: Mapping[str, str]) -> None:
         self.recipe = recipe
         self.method = method
-        self._selections = {key: read_selection(key) for key in recipe.components}
+        self._selections = {key: read_selection(key, blocks) for key in recipe.components}
         self._names: set[str] = set()
         self._used: set[Where] = set()
         self._incomplete: set[str] = set()  # tensors that lack a required parameter
@@ -76,6 +85,10 @@ class Resolver:
         if fault:
             self._faults[(f"{self.method.name}: {fault}", None, None)].append(name)
         return Resolved(job, line)
+
+    def named(self, name: str) -> bool:
+        """Whether a line of `components:` means this tensor's part of the model."""
+        return any(selection.names(name) for selection in self._selections.values())
 
     def given(self) -> set[str]:
         """The names of all parameters that the recipe gives anywhere."""
@@ -198,8 +211,8 @@ def gradient_position(name: str, n_layers: Mapping[str, int]) -> float:
     """Where a tensor stands in its stack of layers: i / (L - 1) for layer i of L (1 if L is 1).
 
     Outside the stack, what comes after it (the lm head, a projection into the joint space and its temperature, a
-    pooling head, a final norm) takes the last value, everything else the first. A projector stands before the
-    language model, whatever norms it has.
+    pooling head, a final norm, a diffusion model's last convolution) takes the last value, everything else the first. A
+    projector stands before the language model, whatever norms it has, and so do the norms of embeddings.
     n_layers: number of layers by the stack's prefix.
     """
     where = layer(name)
@@ -211,9 +224,12 @@ def gradient_position(name: str, n_layers: Mapping[str, int]) -> float:
         return 0.0
     if part in ("lm_head", "projection", "logit_scale") or ".head." in name:
         return 1.0
-    owner = name.split(".")[-2] if "." in name else name
+    if _LAST.search(name):
+        return 1.0
+    around, owner = ["", "", *name.split(".")][-3:-1]
     closes = any(word in owner for word in ("norm", "ln_f", "ln_post"))
-    return 1.0 if closes and not any(word in owner for word in ("pre", "embed")) else 0.0
+    opens = any(word in f"{around}.{owner}" for word in ("embed", "per_layer")) or "pre" in owner
+    return 1.0 if closes and not opens else 0.0
 
 
 def some(names: list[str], most: int = 3) -> str:

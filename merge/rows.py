@@ -13,10 +13,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-from ggez_merge.carry import TOKENIZER_FILES, carried_files, same_tokenizer
+from ggez_merge.carry import TOKENIZER_FILES, carried_files, same_tokenizer, tokenizer_file
 from ggez_merge.checkpoint import FLOATS, ITEM_BITS, Checkpoint, Elements, ShardFile, Tensor, joined, promoted, span
 from ggez_merge.errors import Problem, Refused
 from ggez_merge.heads import is_vocabulary
@@ -52,11 +51,11 @@ class Mean:
 
 @dataclass
 class Rows:
-    """Layout and inputs with one vocabulary, the folder that its files are in, and those that are written anew."""
+    """Layout and inputs with one vocabulary, the input that its files are from, and those that are written anew."""
 
     layout: Checkpoint
     checkpoints: dict[ModelReference, Checkpoint]
-    tokenizer: Path
+    tokenizer: Checkpoint
     files: dict[str, bytes] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
@@ -68,7 +67,7 @@ def align_rows(
     config: dict[str, Any] | None,
 ) -> Rows:
     """Follow the recipe's `tokenizer`, if there is one; `config` is changed to the result's rows and token ids."""
-    rows = Rows(layout, dict(checkpoints), layout.folder)
+    rows = Rows(layout, dict(checkpoints), layout)
     if recipe.tokenizer is None:
         return rows
     try:
@@ -92,7 +91,7 @@ class _Aligner:
         home = self.rows.layout.files
         names = [name for name, tensor in self.rows.layout.tensors.items() if is_vocabulary(name, tensor)]
         source = home if self.policy.source in ("base", "union") else self._model(self.policy.source)
-        self.rows.tokenizer = self._folder(self.inputs[source])
+        self.rows.tokenizer = self._home(self.inputs[source])
         if self._nothing_to_do(names):
             return
         vocabularies = {files: self._vocabulary(c) for files, c in self.inputs.items()}
@@ -122,16 +121,16 @@ class _Aligner:
             raise self._refuse(f"{self.policy.where[0]} names no model of the recipe: {name!r}", expected=expected)
         return self.named[name]
 
-    def _folder(self, source: Checkpoint) -> Path:
-        """Where the source's tokenizer files are: the layout's folder, if it comes without."""
+    def _home(self, source: Checkpoint) -> Checkpoint:
+        """Whose tokenizer files the source's are: the layout's, if it comes without."""
         if any(name in TOKENIZER_FILES for name in carried_files(source)):
-            return source.folder
+            return source
         if not same_tokenizer(source, self.rows.layout):
             remedy = "put its config.json beside them"
             raise self._refuse(
                 f"it is not clear whether {source.reference}'s tokenizer files are its own", remedy=remedy
             )
-        return self.rows.layout.folder
+        return self.rows.layout
 
     def _nothing_to_do(self, names: Sequence[str]) -> bool:
         """Whether all have one tokenizer and the same numbers of rows, and the recipe asks for no more."""
@@ -145,7 +144,9 @@ class _Aligner:
     def _vocabulary(self, checkpoint: Checkpoint) -> Vocabulary:
         """A model that comes without a tokenizer has the layout's."""
         home = self.rows.layout if same_tokenizer(checkpoint, self.rows.layout) else checkpoint
-        return read_vocabulary(home.folder / "tokenizer.json")
+        text = tokenizer_file(home, "tokenizer.json")
+        path = home.tokenizer / "tokenizer.json"
+        return read_vocabulary(path, text if isinstance(text, bytes) else None)
 
     def _wanted(self, vocabularies: Mapping[Files, Vocabulary], source: Files) -> Vocabulary:
         """The result's vocabulary; its tokenizer.json is written anew if it has tokens that the source lacks."""

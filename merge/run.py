@@ -19,16 +19,18 @@ from typing import Any, Protocol
 import numpy as np
 
 from ggez_kernels.sparsify import Stats
+from ggez_merge.arithmetic import load_kernels
 from ggez_merge.backend import Device
 from ggez_merge.checkpoint import FLOATS
 from ggez_merge.errors import Failed, Interrupted, Problem, Refused
 from ggez_merge.measure import CHUNK, Bench, measure
-from ggez_merge.methods.method import Apply
-from ggez_merge.nonfinite import nonfinite_problems
+from ggez_merge.methods.method import Apply, Kernels
+from ggez_merge.nonfinite import nonfinite_problems, unequal_problem
 from ggez_merge.plan import Plan
 from ggez_merge.read import NUMPY_DTYPE, Arena, Files, align
 from ggez_merge.shards import LEAST_BLOCK_BYTES, Block, Span, block_bytes, blocks
 from ggez_merge.slots import Slot
+from ggez_merge.stages import home, home_of
 from ggez_merge.write import ShardWriter, Staging, latest, prefers_direct
 
 HASH_BUFFER_BYTES = 1 << 20
@@ -90,6 +92,7 @@ class Sizing:
     threads: int
     arena_bytes: int  # one worker's
     block_bytes: int
+    chunk_bytes: int = 0  # what a worker computes stages in, besides
 
 
 def sizing(plan: Plan, threads: int | None, memory_bytes: int, device: Device) -> Sizing:
@@ -99,12 +102,16 @@ def sizing(plan: Plan, threads: int | None, memory_bytes: int, device: Device) -
     """
     wanted = threads or device.slots
     for workers in range(min(wanted, max(1, plan.write_bytes // LEAST_BLOCK_BYTES + 1)), 0, -1):
-        arena = (memory_bytes - HASH_BUFFER_BYTES) // workers
+        arena = (memory_bytes - HASH_BUFFER_BYTES) // workers - plan.chunk_bytes
         block = block_bytes(arena, plan.n_inputs, plan.widening, device.most_block_bytes)
         if block and arena >= least_arena(plan):
-            return Sizing(workers, arena, block)
-    needed = HASH_BUFFER_BYTES + max(
-        least_arena(plan), int(LEAST_BLOCK_BYTES * (1 + plan.n_inputs * plan.widening)) + (plan.n_inputs + 2) * 4096
+            return Sizing(workers, arena, block, plan.chunk_bytes)
+    needed = (
+        HASH_BUFFER_BYTES
+        + plan.chunk_bytes
+        + max(
+            least_arena(plan), int(LEAST_BLOCK_BYTES * (1 + plan.n_inputs * plan.widening)) + (plan.n_inputs + 2) * 4096
+        )
     )
     raise Refused(
         Problem(
@@ -118,9 +125,11 @@ def sizing(plan: Plan, threads: int | None, memory_bytes: int, device: Device) -
 
 def least_arena(plan: Plan) -> int:
     """What measuring needs at least: one chunk of every input, and the largest header."""
-    widths = [sum(8 if t.dtype == "F64" else 4 for t in o.inputs) for o in plan.outputs if o.job]
+    measured = [output for each in (*plan.stages, plan) for output in each.outputs if output.job]
+    widths = [sum(8 if t.dtype == "F64" else 4 for t in output.inputs) for output in measured]
+    n_inputs = max((len(output.inputs) for output in measured), default=plan.n_inputs)
     return max(
-        max(widths, default=0) * CHUNK + (plan.n_inputs + 1) * 4096,
+        max(widths, default=0) * CHUNK + (n_inputs + 1) * 4096,
         max(align(len(shard.header)) for shard in plan.shards),
     )
 
@@ -148,7 +157,7 @@ class _Run:
         began = time.perf_counter()
         seconds: dict[str, float] = {}
         with (
-            Files([file for checkpoint in self.plan.checkpoints for file in checkpoint.files]) as self.files,
+            Files(self.plan.weight_files) as self.files,
             ThreadPoolExecutor(self.size.threads) as executor,
             ThreadPoolExecutor(1) as hashing,
         ):
@@ -161,11 +170,12 @@ class _Run:
                 for number in range(self.size.threads):
                     self.free.put(backend.slot(number, self.size.arena_bytes))
                 direct = probe.result()
-                self.applies = self._measure()
+                unequal = self._begin_stages()
+                self.applies = self._measure(self.plan, self.kernels)
                 seconds["measure"] = time.perf_counter() - began
                 output_hashes, resumed = self._combine(direct)
                 seconds["combine"] = time.perf_counter() - began - seconds["measure"]
-                self._refuse_bad_weights()
+                self._refuse_bad_weights(unequal)
                 hashes = self._wait([input_hashes])[0]
                 self.files.check_unchanged()
             except BaseException:
@@ -187,9 +197,22 @@ class _Run:
 
     # --- measure ------------------------------------------------------------------------------------------------
 
-    def _measure(self) -> list[Apply | None]:
-        method = self.plan.method
-        self.progress.phase("measuring", self.plan.measure_bytes)
+    def _begin_stages(self) -> list[Problem]:
+        """Make the stages ready to be read, each after those that it needs itself; what their integers are wrong in."""
+        kernels, _ = load_kernels()
+        for plan in self.plan.stages:
+            if plan.stage:
+                plan.stage.begin(kernels, self._measure(plan, kernels))
+        stages = [plan.stage for plan in self.plan.stages if plan.stage]
+        found = self._wait([self.executor.submit(stage.differing, self.files.read) for stage in stages])
+        problems = [problem for problems in found for problem in problems]
+        self.spoilt = bool(problems)
+        return problems
+
+    def _measure(self, plan: Plan, kernels: Kernels) -> list[Apply | None]:
+        """How the outputs of a plan are combined, by these kernels."""
+        method = plan.method
+        self.progress.phase("measuring", plan.measure_bytes)
         bench = Bench(
             kernels=self.kernels,
             files=self.files,
@@ -200,10 +223,10 @@ class _Run:
             advance=self._advance,
             wait=self._wait,
         )
-        measured = measure(method, self.plan.outputs, bench)
+        measured = measure(method, plan.outputs, bench)
         return [
-            method.combine(self.kernels, output.job, result) if output.job else None
-            for output, result in zip(self.plan.outputs, measured, strict=True)
+            method.combine(kernels, output.job, result) if output.job else None
+            for output, result in zip(plan.outputs, measured, strict=True)
         ]
 
     # --- combine ------------------------------------------------------------------------------------------------
@@ -292,6 +315,7 @@ class _Run:
             tally.add(stats)
             if self.plan.recipe.nonfinite == "error" and (any(stats.nonfinite) or stats.nonfinite_out):
                 self.spoilt = True
+            self.spoilt = self.spoilt or any(plan.stage and plan.stage.spoilt for plan in self.plan.stages)
         return stats
 
     def _convert(self, out: Any, base: Any, models: Any, start: int) -> Stats:
@@ -312,37 +336,31 @@ class _Run:
 
     # --- around it ------------------------------------------------------------------------------------------------
 
-    def _refuse_bad_weights(self) -> None:
+    def _refuse_bad_weights(self, problems: list[Problem]) -> None:
+        """Problems of a stage are told there, and not again where its weights go in."""
         if not self.spoilt:
             return
-        problems = []
+        stages = [plan.stage for plan in self.plan.stages if plan.stage]
+        spoilt = {home(stage.name) for stage in stages if stage.spoilt}
+        for stage in stages:
+            problems += stage.problems(self.files.elements, lambda folder: folder in spoilt)
         for output, tally in zip(self.plan.outputs, self.tallies, strict=True):
             name = output.entry.name
             if tally.unequal:
-                problems.append(
-                    Problem(
-                        f"{output.entry.dtype} values cannot be averaged, and the inputs' differ",
-                        tensor=name,
-                        expected="the same values in " + ", ".join(str(x.file) for x in output.inputs),
-                        remedy="`buffers: base` takes the base's integers"
-                        if not output.entry.dtype.startswith("F")
-                        else "convert the models to bfloat16 first",
-                    )
-                )
+                problems.append(unequal_problem(name, output.entry.dtype, [str(x.file) for x in output.inputs]))
             places = [(str(tensor.file), tensor.numel) for tensor in output.inputs]
-            problems += nonfinite_problems(
-                name, output.entry.dtype, places, tally.nonfinite, tally.nonfinite_out, "`nonfinite: allow`"
-            )
+            seen = [0 if home_of(x.file) in spoilt else n for x, n in zip(output.inputs, tally.nonfinite, strict=True)]
+            overflows = tally.nonfinite_out * (not any(tally.nonfinite))
+            problems += nonfinite_problems(name, output.entry.dtype, places, seen, overflows, "`nonfinite: allow`")
         raise Refused(problems)
 
     def _hash_inputs(self) -> dict[str, str]:
         view = Arena(HASH_BUFFER_BYTES).carve([HASH_BUFFER_BYTES])[0]
         hashes: dict[str, str] = {}
-        for checkpoint in self.plan.checkpoints:
-            for file in checkpoint.files:
-                digest = self.files.hash(file, view, self.stop.event)
-                if digest is not None:
-                    hashes[str(file.path)] = digest
+        for file in self.plan.weight_files:
+            digest = self.files.hash(file, view, self.stop.event)
+            if digest is not None:
+                hashes[str(file.path)] = digest
         return hashes
 
     @contextlib.contextmanager

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from ggez_merge.checkpoint import ITEM_BITS
 
@@ -28,13 +29,21 @@ class Entry:
 
 @dataclass(frozen=True)
 class Shard:
-    """One output file. `offsets[i]` is where the tensor `members[i]` (an index into the outputs) starts in the file."""
+    """One output file. `offsets[i]` is where the tensor `members[i]` (an index into the outputs) starts in the file.
+
+    In a pipeline it lies in the sub-folder `folder`, and holds `unet.X` as `X`; `name` is its path in the output.
+    """
 
     name: str
     header: bytes
     members: tuple[int, ...]
     offsets: tuple[int, ...]
     size: int
+    folder: str = ""
+
+    def own_name(self, entry: Entry) -> str:
+        """What the tensor is called in this file."""
+        return entry.name[len(self.folder) + 1 :] if self.folder else entry.name
 
 
 @dataclass(frozen=True)
@@ -57,35 +66,45 @@ class Block:
     spans: tuple[Span, ...]
 
 
-def split(entries: Sequence[Entry], shard_size_bytes: int, stem: str = "model") -> list[Shard]:
+def split(
+    entries: Sequence[Entry], shard_size_bytes: float, stems: Mapping[str, str] = MappingProxyType({"": "model"})
+) -> list[Shard]:
     """Hugging Face's greedy split: in the given order, a new shard when the next tensor would not fit.
 
     Inside a shard, wider dtypes come first: then every tensor is aligned to its own items without any holes, which
-    the format forbids.
+    the format forbids. stems: what the files are called, {"unet": "diffusion_pytorch_model"}, by the sub-folders of a
+    pipeline, each of which is split for itself; without any, the only folder is "".
     """
-    groups: list[list[int]] = []
-    room = 0
+    members: dict[str, list[int]] = {folder: [] for folder in stems}
     for index, entry in enumerate(entries):
-        if not groups or entry.nbytes > room:
-            groups.append([])
-            room = shard_size_bytes
-        groups[-1].append(index)
-        room -= entry.nbytes
-    groups = groups or [[]]
-    names = [f"{stem}-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
-    if len(groups) == 1:
-        names = [f"{stem}.safetensors"]
-    return [_shard(name, entries, group) for name, group in zip(names, groups, strict=True)]
+        members["" if "" in stems else entry.name.partition(".")[0]].append(index)
+    shards = []
+    for folder, stem in stems.items():
+        groups: list[list[int]] = []
+        room = 0.0
+        for index in members[folder]:
+            if not groups or entries[index].nbytes > room:
+                groups.append([])
+                room = shard_size_bytes
+            groups[-1].append(index)
+            room -= entries[index].nbytes
+        groups = groups or [[]]
+        names = [f"{stem}-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
+        if len(groups) == 1:
+            names = [f"{stem}.safetensors"]
+        shards += [_shard(folder, name, entries, group) for name, group in zip(names, groups, strict=True)]
+    return shards
 
 
-def _shard(name: str, entries: Sequence[Entry], group: list[int]) -> Shard:
+def _shard(folder: str, name: str, entries: Sequence[Entry], group: list[int]) -> Shard:
     members = sorted(group, key=lambda index: -ITEM_BITS[entries[index].dtype])
+    shard = Shard(f"{folder}/{name}" if folder else name, b"", tuple(members), (), 0, folder)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offsets, at = [], 0
     for index in members:
         entry = entries[index]
         offsets.append(at)
-        header[entry.name] = {
+        header[shard.own_name(entry)] = {
             "dtype": entry.dtype,
             "shape": list(entry.shape),
             "data_offsets": [at, at + entry.nbytes],
@@ -94,13 +113,27 @@ def _shard(name: str, entries: Sequence[Entry], group: list[int]) -> Shard:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-(8 + len(text)) % PAGE)
     raw = struct.pack("<Q", len(text)) + text
-    return Shard(name, raw, tuple(members), tuple(len(raw) + offset for offset in offsets), len(raw) + at)
+    return replace(shard, header=raw, offsets=tuple(len(raw) + offset for offset in offsets), size=len(raw) + at)
+
+
+def indexes(shards: Sequence[Shard], entries: Sequence[Entry], n_elements: Sequence[int]) -> dict[str, str]:
+    """Path and content of the index that goes with the shards of each folder that has several."""
+    found = {}
+    for folder in dict.fromkeys(shard.folder for shard in shards):
+        own = [shard for shard in shards if shard.folder == folder]
+        if len(own) > 1:
+            path = own[0].name.split("-00001-of-")[0] + ".safetensors.index.json"
+            found[path] = index_json(own, entries, sum(n_elements[index] for shard in own for index in shard.members))
+    return found
 
 
 def index_json(shards: Sequence[Shard], entries: Sequence[Entry], parameters: int) -> str:
-    """The content of model.safetensors.index.json."""
-    weight_map = {entries[index].name: shard.name for shard in shards for index in shard.members}
-    metadata = {"total_parameters": parameters, "total_size": sum(entry.nbytes for entry in entries)}
+    """The content of model.safetensors.index.json, for the shards of one folder."""
+    weight_map = {
+        shard.own_name(entries[index]): shard.name.rpartition("/")[2] for shard in shards for index in shard.members
+    }
+    total = sum(entries[index].nbytes for shard in shards for index in shard.members)
+    metadata = {"total_parameters": parameters, "total_size": total}
     return json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n"
 
 

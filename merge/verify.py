@@ -15,6 +15,7 @@ from xxhash import xxh3_128
 
 from ggez_merge.checkpoint import open_checkpoint
 from ggez_merge.errors import Problem, Refused
+from ggez_merge.progress import Silent
 from ggez_merge.read import Arena, read_exactly
 from ggez_merge.write import REPORT
 
@@ -30,9 +31,11 @@ class Verdict:
     problems: tuple[Problem, ...]
 
 
-def verify(folder: Path) -> Verdict:
+def verify(folder: Path, progress: Silent | None = None) -> Verdict:
     """Re-read every file of a merged checkpoint. Raises Refused if the folder is no merged checkpoint."""
     outputs = _reported(folder)
+    progress = progress or Silent()
+    progress.phase("verifying", sum(entry["bytes"] for entry in outputs.values()))
     intact, problems, total = [], [], 0
     (view,) = Arena(BUFFER_BYTES).carve([BUFFER_BYTES])
     for name, expected in sorted(outputs.items()):
@@ -48,7 +51,7 @@ def verify(folder: Path) -> Verdict:
                     found=f"{path.stat().st_size:,} bytes",
                 )
             )
-        elif (found := _hash(path, view)) != expected["xxh3_128"]:
+        elif (found := _hash(path, view, progress)) != expected["xxh3_128"]:
             problems.append(
                 Problem(
                     "a file has other content",
@@ -80,7 +83,7 @@ def _reported(folder: Path) -> dict[str, dict[str, Any]]:
             Problem(
                 "there is no readable merge report here",
                 place=str(path),
-                remedy="`verify` checks folders that ggez-merge wrote; `inspect` shows any checkpoint",
+                remedy="give a folder that ggez-merge wrote; `inspect` shows any checkpoint, `hf upload` uploads one",
             )
         )
     return dict(outputs)
@@ -91,7 +94,7 @@ def _inside(name: str) -> bool:
     return bool(parts) and not Path(name).is_absolute() and ".." not in parts
 
 
-def _hash(path: Path, view: memoryview) -> str:
+def _hash(path: Path, view: memoryview, progress: Silent) -> str:
     hasher = xxh3_128()
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -99,4 +102,5 @@ def _hash(path: Path, view: memoryview) -> str:
             part = view[: min(len(view), size - at)]
             read_exactly(file.fileno(), part, at, path)
             hasher.update(part)
+            progress.advance(len(part))
     return hasher.hexdigest()

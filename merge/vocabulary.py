@@ -17,11 +17,15 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """ids: token -> row. added: those that are matched as a whole before anything else, as tokenizer.json has them."""
+    """ids: token -> row. added: those that are matched as a whole before anything else, as tokenizer.json has them.
+
+    text: what that says, where it lies in no file.
+    """
 
     path: Path
     ids: Mapping[str, int]
     added: Mapping[str, Mapping[str, Any]]
+    text: bytes | None = None
 
     @property
     def size(self) -> int:
@@ -29,10 +33,10 @@ class Vocabulary:
         return max(self.ids.values(), default=-1) + 1
 
 
-def read_vocabulary(path: Path) -> Vocabulary:
-    """The vocabulary of a tokenizer.json; Refused if it is none."""
+def read_vocabulary(path: Path, text: bytes | None = None) -> Vocabulary:
+    """The vocabulary of a tokenizer.json, or of the `text` that would be there; Refused if it is none."""
     try:
-        document = strict_json(read_json_bytes(path))
+        document = strict_json(read_json_bytes(path) if text is None else text)
         ids, added = _model_ids(document), {}
         for entry in document.get("added_tokens") or []:
             added[_text(entry["content"])] = entry
@@ -43,7 +47,7 @@ def read_vocabulary(path: Path) -> Vocabulary:
         what = f"the vocabulary cannot be read: {printable(str(error))}"
         remedy = "save the tokenizer again with transformers, which writes tokenizer.json"
         raise Refused(Problem(what, str(path), remedy=remedy)) from None
-    return Vocabulary(path, ids, added)
+    return Vocabulary(path, ids, added, text)
 
 
 def _model_ids(document: Any) -> dict[str, int]:
@@ -72,7 +76,7 @@ def extended(vocabulary: Vocabulary, tokens: Mapping[str, Mapping[str, Any]]) ->
         number = len(ids)
         ids[token] = number
         added[token] = {"id": number, "content": token, **{flag: entry.get(flag) is True for flag in FLAGS}}
-    return Vocabulary(vocabulary.path, ids, added)
+    return Vocabulary(vocabulary.path, ids, added, vocabulary.text)
 
 
 def gaps(vocabulary: Vocabulary) -> int:
@@ -82,6 +86,6 @@ def gaps(vocabulary: Vocabulary) -> int:
 
 def tokenizer_json(vocabulary: Vocabulary, new: Sequence[str]) -> bytes:
     """Its tokenizer.json with these of its added tokens appended."""
-    document = strict_json(read_json_bytes(vocabulary.path))
+    document = strict_json(read_json_bytes(vocabulary.path) if vocabulary.text is None else vocabulary.text)
     document["added_tokens"] = [*(document.get("added_tokens") or []), *(vocabulary.added[token] for token in new)]
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()

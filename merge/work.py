@@ -17,7 +17,7 @@ import ml_dtypes
 import torch
 
 from ggez_kernels.sparsify import Stats
-from ggez_merge.backend import kernels_for
+from ggez_merge.arithmetic import kernels_for
 from ggez_merge.errors import Problem, Refused
 from ggez_merge.methods.method import Array, Job, Measurement, Method, Sweep, Tile, answered
 from ggez_merge.nonfinite import nonfinite_problems

@@ -152,7 +152,8 @@ class Staging:
 
     def commit(self) -> None:
         """Give the checkpoint its final name. What it replaces is removed only afterwards."""
-        _sync_folder(self.checkpoint)
+        for folder, _, _ in os.walk(self.checkpoint):
+            _sync_folder(Path(folder))
         try:
             if self.folder.exists():
                 os.rename(self.folder, self.replaced)
@@ -241,16 +242,21 @@ def _waiting(partial: Path) -> Problem:
 def tidy(folder: Path) -> None:
     """Remove what a merge has left behind that was killed after it had given the output its name."""
     partial = _partial(folder)
-    if partial.exists() and not (partial / "checkpoint").exists():
+    if partial.exists() and not unfinished(folder):
         Staging(folder, partial, [], _lock(partial), threading.Lock()).discard()
+
+
+def unfinished(folder: Path) -> bool:
+    """Whether an interrupted merge to this folder is waiting to be continued."""
+    return (_partial(folder) / "checkpoint").exists()
 
 
 def reserved_bytes(folder: Path) -> int:
     """What an interrupted merge holds on the disk: a merge to the same folder takes it over, or frees it first."""
     try:
-        with os.scandir(_partial(folder) / "checkpoint") as entries:
-            # Windows does not say how much of a file is on the disk
-            return sum(getattr(entry.stat(), "st_blocks", 0) * 512 for entry in entries)
+        files = [path for path in (_partial(folder) / "checkpoint").rglob("*") if path.is_file()]
+        # Windows does not say how much of a file is on the disk
+        return sum(getattr(path.stat(), "st_blocks", 0) * 512 for path in files)
     except OSError:
         return 0
 
@@ -365,6 +371,7 @@ def _lock(partial: Path) -> int:
 def _create(path: Path, direct: bool) -> int:
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
     try:
+        path.parent.mkdir(exist_ok=True)
         return os.open(path, flags | (O_DIRECT if direct else 0), 0o666)
     except OSError as error:
         raise _write_error(path, error) from error

@@ -1,4 +1,4 @@
-"""YAML that remembers its lines: one small document, read strictly, and `--set` overrides on top of it.
+"""YAML that remembers its lines: small documents, read strictly, and `--set` overrides on top of them.
 
 Only plain data is understood: mappings with text keys, lists, text, numbers, true/false and null. Anchors,
 aliases and `<<` work; tags that build objects do not. Plain `yes`, `no`, `on`, `off` are truth values, as in
@@ -8,7 +8,7 @@ YAML 1.1; but `1e-5` is a number (to PyYAML it is text), and `010`, `12:30` and 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -54,12 +54,16 @@ for _kind, _pattern in _SCALARS.items():
 
 @dataclass(frozen=True)
 class Document:
-    """Plain data, and where each part of it was written."""
+    """Plain data, and where each part of it was written; `source` is its text, without what stands around it.
+
+    Of several in one file, `lines` has the first line of the document under ().
+    """
 
     name: str
     data: dict[str, Any]
     lines: dict[Where, int]
     overrides: dict[Where, str] = field(default_factory=dict)
+    source: str = ""
 
     def line(self, *where: str | int) -> int | None:
         """The 1-based line of a key or element, or of what encloses it; None: whole file, or a `--set`."""
@@ -74,11 +78,16 @@ class Document:
         return f"{self.name}:{source}" if isinstance(source, int) else source
 
     def _source(self, where: Where) -> int | str | None:
-        for length in range(len(where), 0, -1):
+        for length in range(len(where), -1, -1):
             source = self.overrides.get(where[:length], self.lines.get(where[:length]))
             if source is not None:
                 return source
         return None
+
+    @property
+    def text(self) -> str:
+        """This document alone: as it was written or, if it is no longer that, as `dump` has it."""
+        return self.dump() if self.overrides else self.source
 
     def dump(self) -> str:
         """The data as YAML, overrides included; comments and layout are lost."""
@@ -98,31 +107,43 @@ def decode(name: str, raw: bytes) -> str:
         raise Refused(problem) from None
 
 
-def parse(text: str, name: str, overrides: Sequence[str], problems: list[Problem]) -> Document:
-    """Reads one YAML mapping and applies overrides ("key.0.key=value") to it.
+def parse(text: str, name: str, problems: list[Problem]) -> list[Document]:
+    """Reads YAML mappings, one a document, with `---` between them; what is empty among several is passed over.
 
-    What can be passed over (a duplicate key, a bad override) goes to `problems`; raises Refused with all of
-    them when there is no mapping to go on with.
+    What can be passed over (a duplicate key) goes to `problems`; raises Refused with all of them when there is no
+    mapping to go on with.
     """
-    data, lines = _load(text, lambda line: f"{name}:{line}", problems)
-    if not isinstance(data, dict):
+    loaded = _load(text, lambda line: f"{name}:{line}", problems)
+    given = [each for each in loaded if each[0] is not None] or loaded[:1]
+    documents = []
+    for data, lines, source in given:
+        place = f"{name}:{lines[()]}" if len(given) > 1 else name
+        if isinstance(data, dict):
+            own = lines if len(given) > 1 else {where: line for where, line in lines.items() if where}
+            documents.append(Document(name, data, own, source=source))
+            continue
         found = "nothing" if data is None else "a list" if isinstance(data, list) else "a single value"
         expected = "keys and values, such as `merge_method: linear`"
-        problems.append(Problem("the recipe is not a mapping", name, expected=expected, found=found))
+        problems.append(Problem("the recipe is not a mapping", place, expected=expected, found=found))
+    if len(documents) < max(len(given), 1):
         raise Refused(problems)
-    document = Document(name, data, lines)
-    for override in overrides:
-        _override(document, override, problems)
-    return document
+    return documents
 
 
-def _load(text: str, place: Callable[[int], str], problems: list[Problem]) -> tuple[Any, dict[Where, int]]:
+Loaded = tuple[Any, dict[Where, int], str]  # of one document: data, lines, text
+
+
+def _load(text: str, place: Callable[[int], str], problems: list[Problem]) -> list[Loaded]:
+    """All documents of a text, at least one (of nothing)."""
     builder = _Builder(place, problems)
+    documents: list[Loaded] = []
     try:
         # Nodes are text with tags; nothing of PyYAML that makes Python objects from them is ever called.
         loader = _Loader(text)
-        node = loader.get_single_node()
-        return (None if node is None else builder.build(node, ())), builder.lines
+        while loader.check_node() and (node := loader.get_node()) is not None:
+            builder.lines = {(): _line(node)}
+            documents.append((builder.build(node, ()), builder.lines, _source(text, node)))
+        return documents or [(None, {(): 1}, "")]
     except RecursionError:
         problem = Problem("the YAML is nested too deeply", place(loader.line + 1), expected=_DEPTH)
     except yaml.reader.ReaderError as error:
@@ -138,6 +159,13 @@ def _load(text: str, place: Callable[[int], str], problems: list[Problem]) -> tu
         problem = Problem("the YAML cannot be read: a number in it is out of range", place(loader.line + 1))
     problems.append(problem)
     raise Refused(problems)
+
+
+def _source(text: str, node: yaml.Node) -> str:
+    """The text of a document, from the indentation of its first line on."""
+    begin = int(node.start_mark.index)
+    indentation = len(text[:begin]) - len(text[:begin].rstrip(" "))
+    return text[begin - indentation : int(node.end_mark.index)].rstrip() + "\n"
 
 
 class _Builder:
@@ -232,19 +260,18 @@ def _line(node: yaml.Node) -> int:
 _STEP = re.compile(r"""(?: "([^"]+)" | '([^']+)' | ([^."'=]+) ) ([.=])""", re.VERBOSE)
 
 
-def _override(document: Document, override: str, problems: list[Problem]) -> None:
+def override(document: Document, given: str, place: str, problems: list[Problem]) -> None:
     """Sets one value in the document, "models.0.parameters.weight=0.3"; keys with a dot in them go in quotes.
 
-    Mappings on the way are made when missing; list elements are not.
+    Mappings on the way are made when missing; list elements are not. `place` is what is said of where it stands.
     """
-    place = f"--set {override}"
 
     def refuse(what: str, **fields: str) -> None:
         problems.append(Problem(what, place, **fields))
 
     keys: list[str] = []
     position = 0
-    while match := _STEP.match(override, position):
+    while match := _STEP.match(given, position):
         keys.append(match[1] or match[2] or match[3])
         position = match.end()
         if match[4] == "=":
@@ -252,10 +279,14 @@ def _override(document: Document, override: str, problems: list[Problem]) -> Non
     if not match:
         return refuse("this is not an override", expected='key.key=value; keys with dots in quotes: "a.b".c=1')
     known = len(problems)
+    values: list[Loaded] = []
     with suppress(Refused):  # which is in `problems`
-        value, _ = _load(override[position:], lambda line: place, problems)
+        values = _load(given[position:], lambda line: place, problems)
     if len(problems) > known:
         return None
+    if len(values) > 1:
+        return refuse("this is more than one value", found="several YAML documents")
+    value = values[0][0]
 
     target: Any = document.data
     where: Where = ()

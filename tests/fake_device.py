@@ -20,7 +20,8 @@ import ml_dtypes
 import torch
 
 from ggez_kernels.sparsify import Counting, Stats
-from ggez_merge.backend import Backend, Device, load_kernels
+from ggez_merge.arithmetic import load_kernels
+from ggez_merge.backend import Backend, Device
 from ggez_merge.methods.method import Kernels
 from ggez_merge.slots import DeviceSlot, Stream
 

@@ -5,7 +5,8 @@ Everything is built from configs, so no network and no downloaded weights are ne
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,11 +134,14 @@ def _gemma_text(kind: str, **changes: Any) -> dict[str, Any]:
 
 def _qwen_config(kind: type[Any], **vision: Any) -> Any:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2], "mrope_interleaved": True}
-    if kind is not tf.Qwen3VLConfig:
+    if kind not in (tf.Qwen3VLConfig, tf.Qwen3VLMoeConfig):
         del rope["mrope_interleaved"]
-    text = {**TEXT, "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 8, "rope_parameters": rope}
-    if kind is not tf.Qwen3VLConfig:
+    text: dict[str, Any] = {**TEXT, "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 8}
+    text["rope_parameters"] = rope
+    if kind not in (tf.Qwen3VLConfig, tf.Qwen3VLMoeConfig):
         del text["head_dim"]
+    if kind is tf.Qwen3VLMoeConfig:
+        text |= {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     return kind(
         text_config=text,
         vision_config={"depth": 2, "num_heads": 2, "patch_size": 14, **vision},
@@ -337,6 +341,12 @@ def _whisper() -> tf.PreTrainedModel:
 _WHISPER_PART = {"layers": 2, "attention_heads": 2, "ffn_dim": 48}
 
 
+def _qwen3_vl_moe() -> tf.PreTrainedModel:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32, "deepstack_visual_indexes": [0]}
+    config = _qwen_config(tf.Qwen3VLMoeConfig, num_position_embeddings=16, **sizes)
+    return tf.Qwen3VLMoeForConditionalGeneration(config)
+
+
 def _moe(kind: str) -> Callable[[], tf.PreTrainedModel]:
     sizes: dict[str, Any] = {**TEXT, "num_hidden_layers": 2, "num_key_value_heads": 2, "num_experts_per_tok": 2}
     own: dict[str, dict[str, Any]] = {
@@ -369,10 +379,131 @@ LAYOUTS: dict[str, Callable[[], tf.PreTrainedModel]] = {
     "clip": _clip,
     "blip2": _blip2,
     "whisper": _whisper,
+    "qwen3_vl_moe": _qwen3_vl_moe,
     "qwen2_moe": _moe("Qwen2Moe"),
     "mixtral": _moe("Mixtral"),
 }
 """Architectures whose checkpoints come in more than one layout of names, or that users merge with such."""
+
+
+# --- the layouts that checkpoints come in ----------------------------------------------------------------------------
+
+Renamed = tuple[tuple[str, str], ...]  # patterns of names in the memory of transformers 5, and what they become
+
+_APART = ((r"^lm_head", "language_model.lm_head"), (r"^model\.language_model\.", "language_model.model."))
+_LLAVA: dict[str, Renamed] = {
+    "hub": (*_APART, (r"^model\.vision_tower\.", "vision_tower.vision_model."), (r"^model\.", "")),
+    "memory of 4.52": ((r"^model\.vision_tower\.", "model.vision_tower.vision_model."),),
+    "saved by 5": (*_APART, (r"^model\.", "")),  # if the model was not loaded from a checkpoint
+}
+_MISTRAL3: dict[str, Renamed] = {"hub": _LLAVA["saved by 5"]}
+_QWEN_VL: dict[str, Renamed] = {"hub": ((r"^model\.language_model\.", "model."), (r"^model\.visual\.", "visual."))}
+_QWEN_MOE: dict[str, Renamed] = {
+    "hub": (
+        (r"experts\.gate_up_proj$", "experts.*.(gate_proj|up_proj).weight"),
+        (r"experts\.down_proj$", "experts.*.(down_proj).weight"),
+    )
+}
+_MIXTRAL: dict[str, Renamed] = {
+    "hub": (
+        (r"mlp\.experts\.gate_up_proj$", "block_sparse_moe.experts.*.(w1|w3).weight"),
+        (r"mlp\.experts\.down_proj$", "block_sparse_moe.experts.*.(w2).weight"),
+        (r"\.mlp\.gate", ".block_sparse_moe.gate"),
+    )
+}
+WRITTEN: dict[str, dict[str, Renamed]] = {
+    "qwen2_vl": _QWEN_VL,
+    "qwen2_5_vl": _QWEN_VL,
+    "gemma3": _LLAVA,
+    "llava": _LLAVA,
+    "llava_onevision": _LLAVA,
+    "paligemma": _LLAVA,
+    "mistral3": _MISTRAL3,
+    "internvl": _MISTRAL3,
+    "qwen2_moe": _QWEN_MOE,
+    "mixtral": _MIXTRAL,
+}
+"""What hub and transformers write for an architecture, from its names in memory; nothing else where it is not listed.
+
+transformers 4.4x has the hub's names in memory as well. From 4.52 on, models in memory (and what FSDP, DeepSpeed or a
+plain `state_dict` save of them) have others, while `save_pretrained` goes on writing the hub's.
+"""
+
+
+def layout_names(family: str, layout: str, names: Iterable[str]) -> dict[str, str]:
+    """Names in memory -> names in that layout; `*` for the number of an expert and (a|b) for what is cut into two."""
+    found = {}
+    for name in names:
+        own = name
+        for pattern, words in WRITTEN.get(family, {}).get(layout, ()):
+            own = re.sub(pattern, words, own)
+        found[name] = own
+    return found
+
+
+def in_layout(family: str, layout: str, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A model's tensors as a checkpoint of that layout holds them."""
+    made: dict[str, torch.Tensor] = {}
+    for name, own in layout_names(family, layout, state).items():
+        found = re.fullmatch(r"(.*)\*(.*)\((.*)\)(.*)", own)
+        if not found:
+            made[own] = state[name].clone()
+            continue
+        words = found[3].split("|")
+        for number, expert in enumerate(state[name]):
+            for word, matrix in zip(words, expert.chunk(len(words)), strict=True):
+                made[f"{found[1]}{number}{found[2]}{word}{found[4]}"] = matrix.clone()
+    return made
+
+
+# --- layouts that transformers does not write ------------------------------------------------------------------------
+
+
+def original_internvl(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """OpenGVLab's InternVL from transformers' in memory: q, k and v in one tensor, a vision tower as timm names it."""
+    renamed = (
+        (r"^lm_head", "language_model.lm_head"),
+        (r"^model\.language_model\.", "language_model.model."),
+        (r"^model\.multi_modal_projector\.layer_norm", "mlp1.0"),
+        (r"^model\.multi_modal_projector\.linear_1", "mlp1.1"),
+        (r"^model\.multi_modal_projector\.linear_2", "mlp1.3"),
+        (r"^model\.vision_tower\.encoder\.layer\.", "vision_model.encoder.layers."),
+        (r"^model\.vision_tower\.", "vision_model."),
+        (r"embeddings\.cls_token", "embeddings.class_embedding"),
+        (r"embeddings\.position_embeddings", "embeddings.position_embedding"),
+        (r"embeddings\.patch_embeddings\.projection", "embeddings.patch_embedding"),
+        (r"lambda_([12])", r"ls\1"),
+        (r"layernorm_before", "norm1"),
+        (r"layernorm_after", "norm2"),
+        (r"(vision_model.*)\.attention\.projection_layer", r"\1.attn.proj"),
+        (r"(vision_model.*)\.attention\.q_proj", r"\1.attn.qkv"),
+    )
+    made = {}
+    for name, tensor in state.items():
+        if name.startswith("model.vision_tower") and re.search(r"\.[kv]_proj\.", name):
+            continue
+        if name.startswith("model.vision_tower") and ".q_proj." in name:
+            tensor = torch.cat([state[name.replace("q_proj", f"{part}_proj")] for part in "qkv"])
+        for pattern, words in renamed:
+            name = re.sub(pattern, words, name)
+        made[name] = tensor.contiguous()
+    return made
+
+
+def original_llava(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """LLaVA and LLaVA-OneVision as their authors' code saves them: the language model with the others inside."""
+    renamed = (
+        (r"^model\.language_model\.", "model."),
+        (r"^model\.vision_tower\.", "model.vision_tower.vision_tower.vision_model."),
+        (r"^model\.multi_modal_projector\.linear_1", "model.mm_projector.0"),
+        (r"^model\.multi_modal_projector\.linear_2", "model.mm_projector.2"),
+    )
+    made = {}
+    for name, tensor in state.items():
+        for pattern, words in renamed:
+            name = re.sub(pattern, words, name)
+        made[name] = tensor.contiguous()
+    return made
 
 
 FAMILIES = {

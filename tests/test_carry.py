@@ -19,6 +19,12 @@ TRAVEL = {
     "preprocessor_config.json": "{}",
     "merges.txt": "a b",
     "spiece.model": "\u0001\u0002",
+    "sentencepiece.bpe.model": "\u0001",
+    "bpe.codes": "a b 1",  # PhoBERT
+    "dict.txt": "a 1",  # BARTpho
+    "tekken.json": "{}",  # Mistral
+    "processor_config.json": "{}",
+    "video_preprocessor_config.json": "{}",
     "qwen.tiktoken": "x",
     "chat_template.jinja": "{{ old }}",
     "LICENSE": "do as you like",

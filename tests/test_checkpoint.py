@@ -126,7 +126,7 @@ def test_pickles_are_refused_by_name(name: str, tmp_path: Path) -> None:
 def test_folders_without_weights_are_refused(tmp_path: Path) -> None:
     refused_once(tmp_path, "no checkpoint here", "nothing")
     (tmp_path / "model_index.json").write_text("{}")
-    refused_once(tmp_path, "diffusers pipeline", "such as unet")
+    refused_once(tmp_path, "the pipeline has no part to be merged", "a folder whose name begins with unet")
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
@@ -330,12 +330,16 @@ def test_broken_config(config: bytes, tmp_path: Path) -> None:
         ({"quantization_config": {"quant_method": "of tomorrow"}}, ["(of tomorrow)", "quantise the result"]),
         ({"quantization_config": {"bits": 4}}, ["quantised (unknown method)"]),
         (
-            {"text_config": {"quantization_config": {"quant_method": "fp8"}}},
-            ["(fp8)", "text_config.quantization_config", "ggez_merge.dequantize"],
+            {"text_config": {"quantization_config": {"quant_method": "fp8", "expert_dtype": "fp4"}}},
+            ["(fp8)", "text_config.quantization_config.expert_dtype: fp4", "FineGrainedFP8Config(dequantize=True)"],
         ),
         (
             {"compression_config": {"quant_method": "compressed-tensors"}},
-            ["(compressed-tensors)", "run_compressed=False"],
+            [
+                "(compressed-tensors)",
+                "compression_config.config_groups: None",
+                "run_compressed=False",
+            ],
         ),
         ({"quantization_config": {"quant_method": "\x1b[31m"}}, ["\\x1b[31m"]),
     ],

@@ -27,6 +27,13 @@ NAMES = {
         "vision_model.head.attention.in_proj_weight",  # SigLIP's pooling
         "vision_model.encoder.stages.0.layers.0.shortcut.normalization.running_mean",  # ResNet
         "visual.transformer.resblocks.0.ln_1.weight",  # OpenCLIP
+        "model.video_tower.encoder.layers.0.mlp.fc1.weight",  # Video-LLaVA
+        "image_tower.embeddings.class_embedding",
+        "model.sam_model.blocks.0.attn.qkv.weight",  # DeepSeek-OCR
+        "model.high_res_vision_neck.conv1.weight",  # DeepSeek-VL
+        "model.embed_tokens_extend.image_embed.img_processor.encoder.layers.0.mlp.fc1.weight",  # Phi-4
+        "vision.blocks.0.norm1.weight",  # DeepSeek-VL2's own code
+        "vision_model.vision_adapter.mlp.fc1.weight",  # Llama 4
     ],
     "projector": [
         "visual.merger.mlp.0.weight",
@@ -43,6 +50,23 @@ NAMES = {
         "qformer.encoder.layer.0.output.dense.weight",  # BLIP-2
         "query_tokens",
         "model.multi_modal_projector.image_projection.weight",  # Florence-2
+        "image_projection",  # Florence-2's own code
+        "visual_temporal_embed.pos_idx_to_embed",
+        "model.projector.linear_1.weight",  # PaddleOCR-VL, VideoLLaMA 3
+        "mlp_AR.linear_1.weight",
+        "projector.layers.0.weight",  # DeepSeek-VL2
+        "model.view_seperator",
+        "model.merger.mlp.0.linear_1.weight",  # MiniCPM-V
+        "model.vision_tower.merger.mlp.0.weight",
+        "model.vision_projection.patch_merger.merging_layer.weight",  # LightOnOCR
+        "model.resampler_model.mlp.weight",  # Ernie 4.5 VL
+        "image_to_text_projection.dense.weight",  # Kosmos-2
+        "model.embed_tokens_extend.image_embed.img_projection.0.weight",
+        "model.embed_tokens_extend.audio_embed.audio_projection.speech.0.weight",
+        "model.visual_embeddings_table.weight",  # Ovis 2
+        "vte.weight",
+        "transformer.vision.linear_proj.gate_proj.weight",  # GLM-4V
+        "pre_mm_projector_norm.weight",  # Mistral's own layout
     ],
     "projection": [
         "visual_projection.weight",
@@ -50,6 +74,10 @@ NAMES = {
         "text_projection.weight",
         "text_projection",
         "visual.proj",
+        "vision_projection.weight",  # BLIP-2 for retrieval
+        "text_proj.weight",  # BLIP
+        "vlm.custom_text_proj.weight",  # ColQwen2
+        "embedding_proj_layer.weight",  # ColPali
     ],
     "text_encoder": [
         "text_model.encoder.layers.0.self_attn.k_proj.weight",  # CLIP, SigLIP
@@ -63,7 +91,7 @@ NAMES = {
         "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight",  # SD1.5 in one file
         "text_encoder.text_model.encoder.layers.0.mlp.fc1.weight",
     ],
-    "logit_scale": ["logit_scale", "logit_bias", "model.logit_scale"],
+    "logit_scale": ["logit_scale", "logit_bias", "model.logit_scale", "temperature"],
     "embeddings": [
         "model.embed_tokens.weight",
         "language_model.model.embed_tokens.weight",
@@ -73,6 +101,9 @@ NAMES = {
         "encoder.embed_tokens.weight",
         "transformer.wte.weight",
         "bert.embeddings.word_embeddings.weight",
+        "model.transformer.wte.new_embedding",  # Molmo
+        "language_model.backbone.embeddings.weight",  # Nemotron VL
+        "llm.model.embed_tokens.weight",
     ],
     "language_model": [
         "model.layers.0.mlp.down_proj.weight",  # Llama, and Qwen2-VL on the hub
@@ -87,11 +118,36 @@ NAMES = {
         "transformer.h.0.attn.c_attn.weight",
         "h.0.attn.c_attn.weight",
         "gpt_neox.layers.0.mlp.dense_h_to_4h.weight",
+        "text_model.model.layer_norm.weight",  # Kosmos-2
+        "model.gated_cross_attn_layers.0.cross_attn.q_proj.weight",  # Idefics
+        "thinker.model.norm.weight",  # Qwen's Omni models
+        "language.model.layers.0.mlp.up_proj.weight",
+        "base_model.model.model.layers.0.mlp.up_proj.weight",
+        "model.per_layer_model_projection.weight",  # Gemma 3n
+        "model.altup_projections.0.weight",
+        "model.final_norm.weight",
+        "backbone.norm_f.weight",
     ],
-    "lm_head": ["lm_head.weight", "language_model.lm_head.weight", "model.lm_head.weight", "output.weight"],
-    "encoder": ["encoder.block.3.layer.0.SelfAttention.q.weight", "encoder.final_layer_norm.weight"],
-    "decoder": ["decoder.block.3.layer.1.EncDecAttention.q.weight", "model.decoder.layers.0.fc1.weight"],
-    "audio_tower": ["audio_tower.layers.0.fc1.weight"],
+    "lm_head": [
+        "lm_head.weight",
+        "language_model.lm_head.weight",
+        "model.lm_head.weight",
+        "output.weight",
+        "text_model.lm_head.weight",
+        "model.transformer.ff_out.weight",
+        "text_decoder.cls.predictions.bias",
+    ],
+    "encoder": [
+        "encoder.block.3.layer.0.SelfAttention.q.weight",
+        "encoder.final_layer_norm.weight",
+        "encoder.embeddings.patch_embeddings.projection.weight",
+    ],  # TrOCR, Donut
+    "decoder": [
+        "decoder.block.3.layer.1.EncDecAttention.q.weight",
+        "model.decoder.layers.0.fc1.weight",
+        "text_decoder.bert.encoder.layer.0.output.dense.weight",
+    ],  # BLIP
+    "audio_tower": ["audio_tower.layers.0.fc1.weight", "speech_encoder.encoder.layers.0.ffn1.weight"],
     "unet": [
         "down_blocks.0.resnets.0.conv1.weight",
         "down_blocks.1.attentions.0.transformer_blocks.2.norm1.weight",
@@ -104,6 +160,7 @@ NAMES = {
         "single_transformer_blocks.4.norm.linear.weight",
         "transformer.transformer_blocks.0.attn.to_q.weight",
         "pos_embed.proj.weight",
+        "transformer.pos_embed.pos_embed",
         "time_text_embed.timestep_embedder.linear_1.weight",
         "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight",  # SD3 in one file
         "model.diffusion_model.pos_embed",
@@ -114,7 +171,11 @@ NAMES = {
     ],
     "text_encoder_2": [
         "conditioner.embedders.1.model.transformer.resblocks.0.ln_1.weight",  # SDXL in one file
+        "conditioner.embedders.1.model.text_projection",
+        "conditioner.embedders.1.model.logit_scale",
+        "conditioner.embedders.0.model.ln_final.weight",  # SDXL's refiner
         "text_encoder_2.text_model.encoder.layers.0.mlp.fc1.weight",
+        "text_encoder_2.text_projection.weight",
         "text_encoders.clip_g.transformer.text_model.encoder.layers.0.mlp.fc1.weight",
     ],
     "text_encoder_3": ["text_encoders.t5xxl.transformer.shared.weight", "text_encoder_3.shared.weight"],
@@ -125,7 +186,21 @@ NAMES = {
         "encoder.conv_in.weight",
         "post_quant_conv.weight",
     ],
-    "other": ["", "w", "classifier.weight", "vision", "lm_header.weight", "a.visuals.b", "score.weight", "pos_embed"],
+    "other": [
+        "",
+        "w",
+        "classifier.weight",
+        "vision",
+        "lm_header.weight",
+        "a.visuals.b",
+        "score.weight",
+        "pos_embed",
+        "talker.model.layers.0.mlp.up_proj.weight",
+        "gen_vision_model.encoder.conv_in.weight",
+        "some_tower.layers.0.weight",
+        "model.some_tower.encoder.layers.0.weight",
+        "model.dit.layers.0.weight",
+    ],
 }
 
 

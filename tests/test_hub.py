@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from checkpoints import write_checkpoint, write_file
 
+from ggez_merge.carry import CARRIED_STEMS, CARRIED_SUFFIXES
 from ggez_merge.hub import is_hub_id
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -165,7 +166,8 @@ def test_download_takes_what_a_merge_needs_and_no_more(
     endpoint, root, asked = server
     write_checkpoint(root, ARRAYS, shards=shards, config={"a": 1})
     write_file(root / "consolidated.safetensors", ARRAYS)
-    for name in ("tokenizer.json", "merges.txt", "chat_template.jinja", "pytorch_model.bin", "README.md"):
+    carried = {f"it{suffix}" for suffix in CARRIED_SUFFIXES} | {f"{stem}.md" for stem in CARRIED_STEMS}
+    for name in (*carried, "tokenizer.json", "chat_template.jinja", "pytorch_model.bin", "README.md"):
         (root / name).write_text("{}")
     (root / "onnx").mkdir()
     (root / "onnx" / "config.json").write_text("{}")
@@ -173,7 +175,7 @@ def test_download_takes_what_a_merge_needs_and_no_more(
     weights = {path.name for path in root.glob("model*")}
     assert (commit, tensors, config) == (SHA, list(ARRAYS), {"a": 1})
     assert isinstance(files, list)
-    assert set(files) == weights | {"config.json", "tokenizer.json", "merges.txt", "chat_template.jinja"}
+    assert set(files) == weights | carried | {"config.json", "tokenizer.json", "chat_template.jinja"}
     asked.clear()
     assert opened(tmp_path / "home", "org/name", endpoint=endpoint) == [commit, tensors, files, config]
     assert not asked  # a complete cache asks nobody
@@ -183,10 +185,49 @@ def test_download_takes_what_a_merge_needs_and_no_more(
 def test_weights_in_subfolders_are_not_the_model(server: tuple[str, Path, list[str]], tmp_path: Path) -> None:
     endpoint, root, _ = server
     write_checkpoint(root / "unet", ARRAYS)
-    (root / "model_index.json").write_text("{}")
-    assert "diffusers pipeline" in refused(tmp_path / "home", "org/name", endpoint=endpoint)
+    assert "no checkpoint here" in refused(tmp_path / "home", "org/name", endpoint=endpoint)
     write_checkpoint(root, ARRAYS, base="other")
     assert opened(tmp_path / "another home", "org/name", endpoint=endpoint)[1] == list(ARRAYS)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_pipeline_is_downloaded_part_by_part(
+    shards: int, server: tuple[str, Path, list[str]], tmp_path: Path
+) -> None:
+    endpoint, root, asked = server
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+        "safety_checker": [None, None],
+    }
+    (root / "model_index.json").write_text(json.dumps(index))
+    write_checkpoint(root / "unet", ARRAYS, shards=shards, config={"a": 1}, base="diffusion_pytorch_model")
+    write_checkpoint(root / "vae", ARRAYS, config={"b": 1}, base="diffusion_pytorch_model")
+    (root / "scheduler").mkdir()
+    (root / "scheduler" / "scheduler_config.json").write_text("{}")
+    for other in ("vae/diffusion_pytorch_model.fp16", "vae_1_0/diffusion_pytorch_model", "sd_xl_base_1.0"):
+        (root / other).parent.mkdir(exist_ok=True)
+        write_file(root / f"{other}.safetensors", ARRAYS)
+    wanted = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()} - {
+        "vae/diffusion_pytorch_model.fp16.safetensors",
+        "vae_1_0/diffusion_pytorch_model.safetensors",
+        "sd_xl_base_1.0.safetensors",
+    }
+    found = opened(tmp_path / "home", "org/name", endpoint=endpoint)
+    assert found[1] == [f"{part}.{name}" for part in ("unet", "vae") for name in ARRAYS]
+    snapshot = next((tmp_path / "home").rglob(f"snapshots/{SHA}"))
+    assert {path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()} == wanted
+    asked.clear()
+    assert opened(tmp_path / "home", "org/name", endpoint=endpoint) == found
+    assert not asked  # a complete cache asks nobody
+    for lost in ("vae/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"):
+        (snapshot / lost).unlink()
+        if lost.startswith("scheduler"):
+            (snapshot / "scheduler").rmdir()
+        assert opened(tmp_path / "home", "org/name", endpoint=endpoint) == found
+        assert (snapshot / lost).exists()
 
 
 def test_an_interrupted_download_is_completed(server: tuple[str, Path, list[str]], tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ import ggez_kernels.reference.linear
 import ggez_kernels.reference.threshold
 import ggez_kernels.reference.vote
 from ggez_kernels.sparsify import CHUNK, KEEP_ALL_LAST, Counting, Sparsify
-from ggez_merge.backend import load_kernels
+from ggez_merge.arithmetic import load_kernels
 from ggez_merge.errors import Refused
 from ggez_merge.methods import METHODS
 from ggez_merge.methods.method import Job, Kernels, Measurement, Parameter, Tile, normalised

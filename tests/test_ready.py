@@ -6,33 +6,22 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers as tf
-from checkpoints import write_checkpoint
+from adapters import pair, write_adapter
 from merging import command_line
 from models import FAMILIES, llama, randomised, save_tuned
 
+from ggez_merge.components import component
 from ggez_merge.errors import Refused
 from ggez_merge.plan import Plan, make_plan
 from ggez_merge.ready import copy, titles
-from ggez_merge.recipe import load_recipe
+from ggez_merge.recipe import load_recipe, references
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
-# diffusers is not among the test requirements, so this is SDXL's UNet by its names alone: some tensor of each kind.
-UNET = [
-    "conv_in.weight",
-    "time_embedding.linear_1.weight",
-    "add_embedding.linear_1.weight",
-    *(f"down_blocks.{i}.resnets.0.norm1.weight" for i in range(3)),
-    *(f"down_blocks.{i}.attentions.0.transformer_blocks.1.attn1.to_q.weight" for i in (1, 2)),
-    "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight",
-    *(f"up_blocks.{i}.resnets.2.conv1.weight" for i in range(3)),
-    "conv_norm_out.weight",
-    "conv_out.weight",
-]
+SDXL = ("sdxl_unet", "sdxl_blocks")
 
 
 def qwen25_vl_of_28_layers() -> tf.PreTrainedModel:
@@ -47,7 +36,8 @@ ARCHITECTURES = {
     "siglip2_so400m": FAMILIES["siglip"].build,  # the fixed resolutions of SigLIP 2 are of SigLIP's architecture
     "components": qwen25_vl_of_28_layers,
     "multi_region": FAMILIES["gemma3"].build,
-    **dict.fromkeys(("linear", "task_arithmetic", "ties", "dare_ties", "slerp", "passthrough"), None),
+    "chain": FAMILIES["gemma3"].build,
+    **dict.fromkeys(("adapter", "linear", "task_arithmetic", "ties", "dare_ties", "slerp", "passthrough"), None),
 }
 
 
@@ -61,20 +51,27 @@ def place(name: str, folder: Path) -> Path:
     recipe = copy(name, folder)
     for seed, reference in enumerate(models_of(name)):
         where = folder / reference
-        if name == "sdxl_unet":
-            random = np.random.default_rng(seed)
-            arrays = {tensor: random.normal(size=(3, 5)).astype(np.float32) for tensor in UNET}
-            config = {"_class_name": "UNet2DConditionModel", "_diffusers_version": "0.30.0"}
-            write_checkpoint(where, arrays, config=config, base="diffusion_pytorch_model")
+        if name in SDXL:
+            from pipelines import sdxl, tuned
+
+            pipeline = tuned(sdxl(), seed)
+            (pipeline.unet if where.name == "unet" else pipeline).save_pretrained(where)
         else:
             save_tuned(model_for(name), where, seed=seed, dtype=torch.bfloat16)
+    for adapter in adapters_of(name):
+        write_adapter(folder / adapter, pair("model.layers.0.self_attn.q_proj", 32, 32))
     return recipe
 
 
 def models_of(name: str) -> list[str]:
     recipe = load_recipe(RECIPES / f"{name}.yaml")
-    sources = [source.model.path for piece in recipe.modules[0].slices for source in piece.sources]
-    return list(dict.fromkeys([*([recipe.base_model.path] if recipe.base_model else []), *sources]))
+    named = [reference.path for each in (recipe, *recipe.stages) for reference, _ in references(each)]
+    return list(dict.fromkeys(path for path in named if path and path not in {stage.name for stage in recipe.stages}))
+
+
+def adapters_of(name: str) -> list[str]:
+    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    return [reference.adapter.path for reference, _ in references(recipe) if reference.adapter]
 
 
 def plan_of(name: str, folder: Path) -> Plan:
@@ -114,7 +111,9 @@ def test_the_papers_families_have_the_papers_ratios(name: str, ratio: float, tmp
     plan = plan_of(name, tmp_path)
     assert plan.method.name == "linear"
     assert {output.job.shared["ratio"] for output in plan.outputs if output.job} == {ratio}
-    assert {output.action for output in plan.outputs} == {"merge"}
+    along = [output for output in plan.outputs if output.action != "merge"]
+    assert {output.via for output in along} == ({"copied from the base"} if name in SDXL else set())
+    assert {component(output.entry.name) for output in along}.isdisjoint({"unet"})
 
 
 def test_the_example_of_components_reaches_what_its_comments_say(tmp_path: Path) -> None:
@@ -136,6 +135,26 @@ def test_the_example_of_components_reaches_what_its_comments_say(tmp_path: Path)
         "lm_head.weight": 0,
     }
     assert {name: ratios[name] for name in expected} == pytest.approx(expected)
+
+
+def test_the_example_of_blocks_reaches_what_its_comments_say(tmp_path: Path) -> None:
+    plan = plan_of("sdxl_blocks", tmp_path)
+    ratios = {output.entry.name: output.job.shared["ratio"] for output in plan.outputs if output.job}
+    expected = {
+        "unet.conv_in.weight": 0.1,
+        "unet.down_blocks.0.resnets.0.conv1.weight": 0.2,
+        "unet.down_blocks.0.resnets.0.norm1.weight": 0,
+        "unet.down_blocks.1.attentions.0.proj_in.weight": 0.2,
+        "unet.down_blocks.2.attentions.1.proj_in.weight": 0.4,
+        "unet.mid_block.attentions.0.proj_in.weight": 0.5,
+        "unet.up_blocks.0.attentions.0.proj_in.weight": 0.4,
+        "unet.up_blocks.1.upsamplers.0.conv.weight": 0.2,
+        "unet.conv_out.weight": 0.1,
+        "unet.add_embedding.linear_1.weight": 0.1,
+        "text_encoder_2.text_projection.weight": 0.1,
+    }
+    assert {name: ratios[name] for name in expected} == pytest.approx(expected)
+    assert not any(name.startswith("vae.") for name in ratios)
 
 
 def test_the_list_has_every_recipe_and_one_line_for_each(tmp_path: Path) -> None:
@@ -187,4 +206,4 @@ def test_a_mistake_is_refused(arguments: tuple[Any, ...], said: str, tmp_path: P
 
 
 def test_every_architecture_named_here_is_a_recipe() -> None:
-    assert sorted([*ARCHITECTURES, "sdxl_unet"]) == names()
+    assert sorted([*ARCHITECTURES, *SDXL]) == names()

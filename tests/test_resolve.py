@@ -206,6 +206,15 @@ class TestGradients:
             ("vision_tower.vision_model.post_layernorm.weight", 1.0),
             ("multi_modal_projector.mm_soft_emb_norm.weight", 0.0),
             ("model.visual.merger.norm.weight", 0.0),
+            ("model.vision_tower.patch_embed.norm.weight", 0.0),
+            ("model.language_model.per_layer_projection_norm.weight", 0.0),  # Gemma 3n, of its embeddings by layer
+            ("model.embedding_norm.weight", 1.0),  # LFM2's final norm
+            ("conditioner.embedders.0.transformer.text_model.final_layer_norm.weight", 1.0),
+            ("conv_in.weight", 0.0),
+            ("conv_norm_out.weight", 1.0),
+            ("conv_out.weight", 1.0),
+            ("model.diffusion_model.final_layer.linear.weight", 1.0),
+            ("mid_block.attentions.0.proj_out.weight", 0.0),
             ("x", 0.0),
         ],
     )

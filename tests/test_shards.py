@@ -136,7 +136,7 @@ def test_the_index_names_every_tensors_shard() -> None:
 
 def test_names_that_need_escapes() -> None:
     names = ['quote"d', "back\\slash", "ümläut", "tab\t", "\U0001f30d"]
-    (shard,) = split([entry(name, "F32", 1) for name in names], 1 << 20, "diffusion_pytorch_model")
+    (shard,) = split([entry(name, "F32", 1) for name in names], 1 << 20, {"": "diffusion_pytorch_model"})
     assert shard.name == "diffusion_pytorch_model.safetensors"
     assert [*json.loads(shard.header[8:])][1:] == names
 

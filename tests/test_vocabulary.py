@@ -12,11 +12,15 @@ import pytest
 import torch
 import transformers as tf
 import yaml
+from checkpoints import write_checkpoint
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from merging import LITTLE_MEMORY, arrays, merged, plan_of, refusals, tensors
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from ggez_merge.checkpoint import open_checkpoint
+from ggez_merge.heads import is_vocabulary
 
 TEXTS = [
     "สวัสดีครับ วันนี้อากาศดีมาก ไปกินข้าวกันไหม",
@@ -338,6 +342,34 @@ class TestRefused:
         merged(tmp_path, _with(RATIO, "one"))
         assert vocabulary(tmp_path / "out") == vocabulary(tmp_path / "base")
         check_loads(tmp_path / "out")
+
+    def test_all_files_of_a_tokenizer_are_the_sources(self, tmp_path: Path, plain: Tokenizer) -> None:
+        theirs = ("bpe.codes", "dict.txt", "tekken.json", "sentencepiece.bpe.model", "chat_template.jinja")
+        for number, name in enumerate(("base", "one")):
+            save(tmp_path / name, plain, number)
+            for file in (*theirs, "processor_config.json"):
+                (tmp_path / name / file).write_text(name)
+        merged(tmp_path, _with(RATIO, "one"))
+        assert [(tmp_path / "out" / file).read_text() for file in theirs] == ["one"] * len(theirs)
+        assert (tmp_path / "out" / "processor_config.json").read_text() == "base"
+
+    @pytest.mark.parametrize(
+        ("name", "shape", "expected"),
+        [
+            ("language_model.backbone.embeddings.weight", (9, 4), True),
+            ("encoder.embeddings.patch_embeddings.projection.weight", (9, 4), False),
+            ("cls.predictions.decoder.weight", (9, 4), True),
+            ("cls.predictions.bias", (9,), True),
+            ("cls.predictions.transform.dense.weight", (4, 4), False),
+            ("text_decoder.cls.predictions.transform.dense.bias", (4,), False),
+            ("final_logits_bias", (1, 9), False),
+        ],
+    )
+    def test_which_tensors_have_a_row_for_each_token(
+        self, name: str, shape: tuple[int, ...], expected: bool, tmp_path: Path
+    ) -> None:
+        checkpoint = open_checkpoint(str(write_checkpoint(tmp_path / "it", {name: np.zeros(shape, np.float32)})))
+        assert is_vocabulary(name, checkpoint.tensors[name]) == expected
 
     def test_a_tokenizer_that_may_be_of_another_model(self, tmp_path: Path, plain: Tokenizer) -> None:
         save(tmp_path / "base", plain, 0)

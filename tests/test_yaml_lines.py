@@ -12,7 +12,7 @@ from ggez_merge.yaml_lines import MAX_BYTES, MAX_DEPTH, Document, parse
 
 def read(text: str) -> Document:
     problems: list[Problem] = []
-    document = parse(text, "f", (), problems)
+    (document,) = parse(text, "f", problems)
     assert not problems
     return document
 
@@ -20,7 +20,7 @@ def read(text: str) -> Document:
 def problems_of(text: str) -> list[Problem]:
     problems: list[Problem] = []
     try:
-        parse(text, "f", (), problems)
+        parse(text, "f", problems)
     except Refused as refused:
         assert refused.problems == problems
     return problems
@@ -98,7 +98,7 @@ NESTED = "".join(f"{'  ' * depth}a:\n" for depth in range(MAX_DEPTH))
         ('a: 1\nb: "\\ud800"', 2, "control character"),
         ('a: 1\nb: "\\UFFFFFFFF"', 2, "out of range"),
         ("a: 1\nb: \x07", 2, "U+0007"),
-        ("a: 1\n---\nb: 2", 2, "single document"),
+        ("a: 1\n---\n- b", 3, "not a mapping"),
         ("a: 1\nb: [1", 2, "cannot be read"),
         ("a: 1\n\tb: 2", 2, "cannot be read"),
         ("a: 1\nb: *c", 2, "undefined alias"),

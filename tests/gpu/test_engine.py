@@ -11,7 +11,7 @@ from checkpoints import write_checkpoint
 from fake_device import Hostile
 from merging import INTERPOLATE, TASK, TIES, carry_out, plan_of, tensors
 
-from ggez_merge.backend import kernels_for
+from ggez_merge.arithmetic import kernels_for
 
 DARE = TASK.replace("task_arithmetic", "dare_linear").replace("weight:", "density: 0.6, weight:")
 RECIPES = {
