@@ -297,12 +297,13 @@ def _no_adapter(folder: Path) -> Problem:
 
 
 def _is_plain_pattern(pattern: str) -> bool:
-    """Whether it is a regular expression, and one that cannot take ages: no repeated groups."""
+    """Whether it is a regular expression, and one that cannot take ages: few repetitions, and none of groups."""
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError):
         return False
-    return len(pattern) <= 1000 and not re.search(r"\)[*+{?]|[*+}][*+{]", pattern) and pattern.count("*") < 6
+    few = len(re.findall(r"[*+{]", pattern)) <= 3 and pattern.count("?") <= 8
+    return few and len(pattern) <= 1000 and not re.search(r"\)[*+{?]|[*+}][*+{]", pattern)
 
 
 def _fitting(patterns: Mapping[str, Number], module: str, default: Number) -> Number:

@@ -83,7 +83,10 @@ def counterpart(layout: Checkpoint, checkpoint: Checkpoint) -> Counterpart:
                 problems += found.problems
                 unclear += found.unclear
         else:
-            own, told = converted(a, b), ()
+            own, extra = converted(a, b)
+            told = (Rule("", "", len(own)),)
+            if is_denoiser(name):
+                own = {**extra, **own}
         tensors.update((a.prefix + own_name, tensor) for own_name, tensor in own.items())
         told = told or (Rule("", "", len(own)),)
         rules += [

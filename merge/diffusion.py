@@ -95,13 +95,18 @@ def parts(checkpoint: Checkpoint) -> dict[str, Part]:
     return split
 
 
-def converted(ours: Part, theirs: Part) -> dict[str, Tensor]:
-    """Their tensors under the names and in the shapes that ours have in the other layout; others are left out."""
+def converted(ours: Part, theirs: Part) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Their tensors under the names and in the shapes that ours have in the other layout, and those that ours lacks.
+
+    Empty tensors, with which single files mark what they were trained to predict, are neither.
+    """
     diffusers, original = (ours, theirs) if ours.style == "diffusers" else (theirs, ours)
     found: dict[str, Tensor] = {}
+    used: set[str] = set()
     for name, rows in pairs(diffusers.tensors, original.tensors, original.style == "openclip"):
         if name not in original.tensors or any(row not in diffusers.tensors for row in rows):
             continue
+        used.update(rows if ours is original else (name,))
         if ours is original:
             stacked = _stacked([theirs.tensors[row] for row in rows], ours.tensors[name])
             if stacked is not None:
@@ -113,7 +118,7 @@ def converted(ours: Part, theirs: Part) -> dict[str, Tensor]:
             found[name] = _halves_swapped(tensor)
         elif is_turned(name):
             found[name] = _turned(tensor)
-    return found
+    return found, {name: tensor for name, tensor in theirs.tensors.items() if name not in used and tensor.numel}
 
 
 def _stacked(pieces: list[Tensor], like: Tensor) -> Tensor | None:

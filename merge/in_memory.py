@@ -39,9 +39,15 @@ def _by_transformers(checkpoint: Checkpoint) -> InMemory | None:
         import torch
         import transformers
 
-        config = transformers.AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+        # Never code that lies beside the weights, nor a class that is not a model's: the file says what is run here.
+        config = transformers.AutoConfig.from_pretrained(
+            checkpoint.folder, local_files_only=True, trust_remote_code=False
+        )
+        kind = getattr(transformers, str(stated[0]))
+        if not issubclass(kind, transformers.PreTrainedModel):
+            return None
         with torch.device("meta"):
-            model = getattr(transformers, str(stated[0]))(config)
+            model = kind(config)
     except Exception:  # whatever a config makes transformers stumble over: then nothing is known
         return None
     ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

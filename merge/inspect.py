@@ -113,7 +113,7 @@ def as_json(summary: Summary, tensors: bool = False) -> dict[str, Any]:
             "name": tensor.name,
             "dtype": tensor.dtype,
             "shape": list(tensor.shape),
-            "file": tensor.file.relative_to(summary.folder).as_posix(),
+            "file": _relative(tensor.file, Path(summary.folder)),
             "offset": tensor.offset,
             "nbytes": tensor.nbytes,
         }

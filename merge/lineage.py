@@ -14,7 +14,7 @@ from ggez_merge.units import readable_bytes
 from ggez_merge.untrusted import printable, read_json_bytes, strict_json
 from ggez_merge.write import REPORT
 
-MOST_ENTRIES = 2000  # inputs and files of all earlier merges of an input, in a report
+MOST_ENTRIES = 2000  # inputs, stages and files of all earlier merges of an input, in a report
 MOST_DEPTH = 32
 MOST_TEXT = 300
 MOST_LINES = 200  # of the tree in a model card
@@ -33,9 +33,10 @@ def origin(checkpoint: Checkpoint, hashes: Mapping[str, str]) -> dict[str, Any] 
         report = strict_json(read_json_bytes(path))
         found = _Taken().merge(report, 0)
         written = {name: entry["xxh3_128"] for name, entry in report["outputs"].items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         return {"unreadable": printable(str(error))[:MOST_TEXT]}
-    names = {str(file.path): file.path.relative_to(checkpoint.folder).as_posix() for file in checkpoint.files}
+    ours = [file.path for file in checkpoint.files if file.path.is_relative_to(checkpoint.folder)]  # not an adapter's
+    names = {str(path): path.relative_to(checkpoint.folder).as_posix() for path in ours}
     unchanged = all(hashes[path] == written.get(name) for path, name in names.items())
     return {"unchanged": unchanged, **found}
 
@@ -54,16 +55,16 @@ class _Taken:
             "version": _text(version),
             "fingerprint": _text(said.get("fingerprint")),
             "inputs": [entry for each in said["inputs"] if (entry := self.input(each, depth))],
-            "stages": [
-                {
-                    "name": _text(stage["name"]),
-                    "method": _text(stage["method"]),
-                    "inputs": [entry for each in stage["inputs"] if (entry := self.input(each, depth))],
-                }
-                for stage in said.get("stages", [])
-            ],
+            "stages": [entry for each in said.get("stages", []) if (entry := self.stage(each, depth))],
         }
         return {**taken, "cut": True} if self.left <= 0 or depth >= MOST_DEPTH else taken
+
+    def stage(self, said: Mapping[str, Any], depth: int) -> dict[str, Any] | None:
+        self.left -= 1
+        if self.left < 0:
+            return None
+        inputs = [entry for each in said["inputs"] if (entry := self.input(each, depth))]
+        return {"name": _text(said["name"]), "method": _text(said["method"]), "inputs": inputs}
 
     def input(self, said: Mapping[str, Any], depth: int) -> dict[str, Any] | None:
         self.left -= 1
@@ -117,7 +118,7 @@ def _branches(merge: Mapping[str, Any], names: Mapping[str, str], depth: int, to
             yield f"{indent}- {_code(stage['name'])}, a stage: {_method(stage, names)}" + (
                 " (as above)" if again else ""
             )
-            if not again:
+            if not again and depth < MOST_LINES:  # the list is cut there, and Python stops soon after
                 yield from of(stage["inputs"], depth + 1)
             return
         revision = f" at revision {_code(entry['revision'])}" if entry.get("revision") else ""

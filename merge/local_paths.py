@@ -11,6 +11,11 @@ from typing import Any
 from ggez_merge.errors import Refused
 from ggez_merge.yaml_lines import parse
 
+# A path begins and ends where a name does: "/model" is no part of "encoder/model.safetensors" or "org/model-7b". What
+# JSON spells as \\n ends with a letter and is none.
+_BEFORE = rb"(?:(?<![\w.\-/\x80-\xff])|(?<=\\[ntr]))"
+_AFTER = rb"(?![.\-]*[\w\x80-\xff])"
+
 
 def short_names(report: Mapping[str, Any]) -> dict[str, str]:
     """Absolute path -> its last parts, for those among the inputs of a report and in the recipes that it quotes.
@@ -27,8 +32,11 @@ def short_names(report: Mapping[str, Any]) -> dict[str, str]:
 def shortened(text: bytes, names: Mapping[str, str], *, as_json: bool) -> bytes:
     """The text with each path under its short name; in JSON, as JSON spells them."""
     spelt = {_spelt(path, as_json): _spelt(name, as_json) for path, name in names.items()}
+    if not spelt:
+        return text
     longest_first = sorted(spelt, key=len, reverse=True)  # one may begin another
-    return re.sub(b"|".join(map(re.escape, longest_first)), lambda match: spelt[match[0]], text) if spelt else text
+    paths = b"|".join(map(re.escape, longest_first))
+    return re.sub(_BEFORE + b"(?:" + paths + b")" + _AFTER, lambda match: spelt[match[0]], text)
 
 
 def _spelt(text: str, as_json: bool) -> bytes:
@@ -58,7 +66,8 @@ def _data(recipe: str) -> Any:
 
 
 def _strings(value: Any) -> Iterable[str]:
+    """Every string; of those that name a model with its adapter (base+adapter), each by itself."""
     if isinstance(value, str):
-        yield value
+        yield from value.split("+")
     for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         yield from _strings(inner)

@@ -95,8 +95,10 @@ class Plan:
     @cached_property
     def weight_files(self) -> list[ShardFile]:
         """Every file that is read, for a stage or for this merge itself, once."""
-        checkpoints = [each for plan in (*self.stages, self) for each in plan.checkpoints if not each.is_stage]
-        return list({file.path: file for checkpoint in checkpoints for file in checkpoint.files}.values())
+        checkpoints = [each for plan in (*self.stages, self) for each in plan.checkpoints]
+        computed = {home(str(stage.recipe.name)) for stage in self.stages}
+        files = {file.path: file for checkpoint in checkpoints for file in checkpoint.files}
+        return [file for path, file in files.items() if home_of(path) not in computed]
 
     @cached_property
     def chunk_bytes(self) -> int:

@@ -97,7 +97,8 @@ def _input(plan: Plan, checkpoint: Checkpoint, hashes: dict[str, str]) -> dict[s
     }
     if checkpoint.is_stage:
         return {**said, "stage": checkpoint.reference, "files": {}}
-    files = {file.path: {"bytes": file.size, "xxh3_128": hashes[str(file.path)]} for file in checkpoint.files}
+    read = [file for file in checkpoint.files if str(file.path) in hashes]  # not those of a stage under an adapter
+    files = {file.path: {"bytes": file.size, "xxh3_128": hashes[str(file.path)]} for file in read}
     said["files"] = {_relative(path, checkpoint.folder): entry for path, entry in files.items()}
     earlier = origin(checkpoint, hashes)
     return said if earlier is None else {**said, "origin": earlier}

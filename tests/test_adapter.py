@@ -99,6 +99,8 @@ REFUSED: dict[str, tuple[Tensors, dict[str, Any], str]] = {
             ("use_dora", True, "config and tensors of the adapter disagree"),
             ("rank_pattern", {"(": 2}, "none that can be followed"),
             ("alpha_pattern", {"(a+)+": 2}, "none that can be followed"),
+            ("alpha_pattern", {".+.+.+.+.+.+.+z": 2}, "none that can be followed"),
+            ("rank_pattern", {"a?" * 24 + "a" * 24 + "b": 2}, "none that can be followed"),
             ("fan_in_fan_out", 3, "neither true nor false"),
         )
     },

@@ -591,6 +591,26 @@ class TestWhereItComesFrom:
         merged(tmp_path, document("ratio", "one"))
         assert "unreadable" in json.loads((tmp_path / "out" / REPORT).read_text())["inputs"][1]["origin"]
 
+    def test_a_report_made_to_hurt_is_unreadable_or_cut(self, tmp_path: Path) -> None:
+        models(tmp_path, ("base", "one"), {"a": (9,)})
+
+        def taken(said: str, out: str) -> Any:
+            (tmp_path / "one" / REPORT).write_text(said)
+            carry_out(plan_of(tmp_path, document("ratio", "one"), out))
+            return json.loads((tmp_path / out / REPORT).read_text())["inputs"][1]["origin"]
+
+        nested = [
+            {"name": f"s{i}", "method": "m", "inputs": [{"reference": "x", "stage": f"s{i + 1}"}]} for i in range(900)
+        ]
+        said: dict[str, Any] = {"outputs": {}, "inputs": [{"reference": "x", "stage": "s0"}], "stages": nested}
+        taken(json.dumps(said), "nested")
+        assert (tmp_path / "nested/README.md").read_text().count("a stage:") <= MOST_LINES
+        empty = [{"name": "s", "method": "m", "inputs": []}] * (2 * MOST_ENTRIES)
+        found = taken(json.dumps({**said, "stages": empty}), "many")
+        assert len(found["stages"]) < MOST_ENTRIES and found["cut"] is True
+        endless = json.dumps({**said, "stages": []}).replace('"stage": "s0"', '"files": {"a": {"bytes": 1e999}}')
+        assert "unreadable" in taken(endless, "endless")
+
     def test_what_is_taken_over_stays_small(self, tmp_path: Path) -> None:
         models(tmp_path, ("base", "one"), {"a": (9,)})
         said: dict[str, Any] = {"method": "x" * 10_000, "outputs": {}, "inputs": [], "stages": []}

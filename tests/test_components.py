@@ -275,6 +275,13 @@ WRAPPED = {
 }
 BARE = {"language_model": "model.", "embeddings": "model.embed_tokens.", "lm_head": "lm_head."}
 QWEN = {**BARE, "vision_tower": "visual.", "projector": "visual.merger."}
+QWEN3 = {
+    "vision_tower": "model.visual.",
+    "projector": ("model.visual.merger.", "model.visual.deepstack_merger_list."),
+    "language_model": "model.language_model.",
+    "embeddings": "model.language_model.embed_tokens.",
+    "lm_head": "lm_head.",
+}
 IDEFICS = {
     "vision_tower": "model.vision_model.",
     "projector": "model.connector.",
@@ -289,13 +296,8 @@ TIED = {part: prefix for part, prefix in (TOWER | WRAPPED).items() if part != "l
 SPLITS: dict[str, dict[str, str | tuple[str, ...]]] = {
     "qwen2_vl": {**QWEN},
     "qwen2_5_vl": {**QWEN},
-    "qwen3_vl": {
-        "vision_tower": "model.visual.",
-        "projector": ("model.visual.merger.", "model.visual.deepstack_merger_list."),
-        "language_model": "model.language_model.",
-        "embeddings": "model.language_model.embed_tokens.",
-        "lm_head": "lm_head.",
-    },
+    "qwen3_vl": {**QWEN3},
+    "qwen3_vl_moe": {**QWEN3},
     "gemma3": {**TIED},
     "llava": {**TOWER, **WRAPPED},
     "llava_onevision": {**WRAPPED, "vision_tower": "vision_tower.", "projector": ("multi_modal_pro", "image_newline")},

@@ -499,6 +499,22 @@ def test_layers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     assert [problem.tensor for problem in problems] == [f"transformer_blocks.0.attn.to_{x}.weight" for x in "qkv"]
 
 
+def test_blocks_that_the_base_lacks_are_refused_and_not_dropped(tmp_path: Path) -> None:
+    original = sd3()
+    expected = judge.convert_sd3_transformer_checkpoint_to_diffusers(
+        {name: torch.from_numpy(array) for name, array in copy.copy(original).items()}
+    )
+    write_checkpoint(tmp_path / "base", {name: tensor.numpy() for name, tensor in expected.items()})
+    deeper = {
+        re.sub(r"^joint_blocks\.0\.", "joint_blocks.7.", name): array
+        for name, array in original.items()
+        if name.startswith("joint_blocks.0.")
+    }
+    write_file(tmp_path / "one.safetensors", {**original, **deeper})
+    (problem,) = refusals(tmp_path, recipe("base", "one.safetensors"))
+    assert f"lacks {len(deeper)} tensors" in problem.what and "joint_blocks" in str(problem.found)
+
+
 # --- blocks by name --------------------------------------------------------------------------------------------------
 
 

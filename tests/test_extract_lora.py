@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -216,3 +218,21 @@ def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert done.exit_code == 0, done.output
     assert "language_model" in done.stdout and "left as the base has it: model.norm.weight" in done.stdout
     assert json.loads((tmp_path / "sea/adapter_config.json").read_text())["r"] == 4
+
+
+@pytest.mark.parametrize("harm", ["code beside the weights", "a class that is no model"])
+def test_nothing_that_a_config_names_is_run(harm: str, tmp_path: Path) -> None:
+    full(tmp_path)
+    path = tmp_path / "base/config.json"
+    config = json.loads(path.read_text())
+    if harm == "code beside the weights":
+        config |= {"model_type": "unknown", "auto_map": {"AutoConfig": "configuration_own.Own"}}
+    else:
+        config |= {"architectures": ["BatchEncoding"]}
+    path.write_text(json.dumps(config))
+    (tmp_path / "base/configuration_own.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
+    command = [sys.executable, "-m", "ggez_merge", "extract-lora", "tuned", "--base", "base", "--rank", "2"]
+    command += ["--out", "sea", "--rest", "leave"]
+    done = subprocess.run(command, input="y\n" * 9, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "run").exists() and "custom code" not in done.stdout + done.stderr

@@ -59,3 +59,18 @@ def test_reports_of_another_shape(said: dict[str, object]) -> None:
 def test_one_path_that_begins_another() -> None:
     names = {"/a/b": "b", "/a/b/c": "c"}
     assert shortened(b"/a/b/c and /a/b", names, as_json=False) == b"c and b"
+
+
+@pytest.mark.parametrize("base", ["org/base@abc", "/home/me/base"])
+def test_an_adapter_beside_its_base_is_cut_too(base: str) -> None:
+    reference = f"{base}+/home/me/secret/lora"
+    said = {"recipe": f"models: [{{model: {reference}}}]", "inputs": [{"reference": reference}]}
+    text = json.dumps({**said, "from": f"{base}: weight"}).encode()
+    assert b"/home/me" not in shortened(text, short_names(said), as_json=True)
+
+
+def test_names_that_only_look_alike_are_left_alone() -> None:
+    names = {"/model": "model", "/data": "data"}
+    text = b"text_encoder/model.safetensors, org/data-llm, https://example.org/data/z, /model-7b, /data_2"
+    assert shortened(text, names, as_json=False) == text
+    assert shortened(b'"- /model/a.bin\\n/data"', names, as_json=True) == b'"- model/a.bin\\ndata"'

@@ -168,3 +168,16 @@ def test_tokenizer_files_of_the_adapter_come_with_it(tmp_path: Path) -> None:
     assert (tmp_path / "next/tokenizer.json").read_text() == '{"of": "base"}'
     plan = plan_of(tmp_path, RECIPE.replace("MODEL", "base+latam"), "last")
     assert not plan.notes
+
+
+def test_an_adapter_on_a_merge_that_is_read_and_on_one_that_is_a_stage(tmp_path: Path) -> None:
+    models(tmp_path)
+    first = "{NAMEmerge_method: linear, base_model: base, models: [{model: other}], parameters: {ratio: 0.5}}"
+    second = RECIPE.replace("MODEL", "first+sea").replace("ratio: 1", "ratio: 0.5")
+    carry_out(plan_of(tmp_path, first.replace("NAME", ""), "first"))
+    carry_out(plan_of(tmp_path, second, "through disk"))
+    (tmp_path / "first").rename(tmp_path / "gone")
+    carry_out(plan_of(tmp_path, first.replace("NAME", "name: first, ") + "\n---\n" + second, "at once"))
+    assert tensors(tmp_path / "at once") == tensors(tmp_path / "through disk")
+    report = json.loads((tmp_path / "through disk/merge_report.json").read_text())
+    assert report["inputs"][1]["origin"]["unchanged"] is True
