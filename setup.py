@@ -100,7 +100,7 @@ setup(
     package_data={
         "ggez_merge": ["py.typed"],
         "ggez_merge.benchmarks": ["*.md", "results/*"],
-        "ggez_merge.recipes": ["*.yaml", "*.md"],
+        "ggez_merge.recipes": ["*.csv", "*.yaml", "*.md"],
         "ggez_merge.recipes.emoji": [
             "*.yaml",
             "*.md",
