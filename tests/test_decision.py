@@ -169,6 +169,21 @@ def test_a_dominated_pick_is_said() -> None:
     assert any("at least as good on both sides" in note for note in decision.notes)
 
 
+def test_what_the_notes_say_of_an_end() -> None:
+    points = curve([(60, 50), (60, 52), (61, 55)])
+    assert any("the regional model as it is" in note for note in decide(points, Rule()).notes)
+    assert decide(points[:2] + curve([(60, 50), (61, 54), (50, 50)])[1:2], Rule()).notes == ()
+
+
+@given(curves, st.floats(0, 1))
+def test_a_better_point_is_noted_and_only_then(pairs: list[tuple[float, float]], weight: float) -> None:
+    points = curve(pairs)
+    for rule in (Rule("max_grp", alpha(weight), None, None), Rule("max_regional", None, None, None)):
+        decision = decide(points, rule)
+        dominated = not pareto(points)[points.index(decision.point)]
+        assert any("at least as good on both sides" in note for note in decision.notes) == dominated
+
+
 @given(curves)
 def test_the_knee_is_on_the_front_and_farthest_out(pairs: list[tuple[float, float]]) -> None:
     points = curve(pairs)
@@ -194,8 +209,13 @@ def test_a_front_without_a_knee_is_infeasible() -> None:
     with pytest.raises(Infeasible, match="no knee") as infeasible:
         decide(curve([(80, 20), (40, 30), (20, 80)]), Rule("knee", None, None, None))
     assert infeasible.value.nearest is not None and ratio(infeasible.value.nearest) == 0.5
+    assert infeasible.value.shortfalls == {"knee": pytest.approx(0.5 / math.sqrt(2))}  # (1/3, 1/6) below x + y = 1
     bent = curve([(80, 20), (70, 60), (20, 80)])
     assert ratio(decide(bent, Rule("knee", None, None, None)).point) == 0.5
+    assert bulge(bent) == pytest.approx([0, (5 / 6 + 4 / 6 - 1) / math.sqrt(2), 0])
+    with pytest.raises(Infeasible, match="only the ends") as infeasible:
+        decide(curve([(80, 20), (20, 80)]), Rule("knee", None, None, None))
+    assert infeasible.value.nearest is None and infeasible.value.shortfalls == {}
 
 
 @given(curves)
@@ -212,7 +232,8 @@ def test_winners_by_alpha_are_those_of_a_fine_grid(pairs: list[tuple[float, floa
     found = winners(points)
     assert found[0].low == 0 and found[-1].high == 1
     assert all(one.high == two.low for one, two in zip(found, found[1:], strict=False))
-    assert all(one.low <= one.high and one.point != two.point for one, two in zip(found, found[1:], strict=False))
+    assert all(winner.low < winner.high for winner in found)
+    assert len({ratio(winner.point) for winner in found}) == len(found)
     for step in range(257):
         weight = Fraction(step, 256)
         values = [weight * Fraction(g) + (1 - weight) * Fraction(r) for g, r in pairs]

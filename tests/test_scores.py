@@ -123,6 +123,9 @@ def test_no_ratio_to_a_base_that_is_not_above_zero(base: float) -> None:
     summary = scores.summarise(MERGED, old, 0.43)
     assert summary.gain_percent is summary.retention_percent is summary.grp_norm is None
     assert summary.worst_retention_percent is None
+    for one in (0, 1):  # either side alone is enough
+        sides = [replace(each, score=base if i == one else each.score) for i, each in enumerate(BASE[:2])]
+        assert scores.grp_norm(MERGED[:2], sides, 0.43) is None
     assert summary.gain_abs == 48.5 - base and summary.grp is not None
 
 
@@ -159,6 +162,7 @@ def test_worse_than_chance_is_said() -> None:
     assert [text.split(":")[0] for text in scores.cautions([below])] == ["cvqa"]
     assert not [*scores.cautions([replace(below, score=25), replace(below, higher_is_better=False)])]
     assert [*scores.cautions([replace(below, score=30, higher_is_better=False)])]
+    assert not [*scores.cautions([replace(below, score=25, higher_is_better=False)])]
 
 
 @pytest.mark.parametrize(

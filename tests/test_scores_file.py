@@ -134,6 +134,7 @@ def test_everything_wrong_is_found_at_once_by_line_and_column(tmp_path: Path) ->
     text += "0.91,a,both,nan,100,10,,\n"
     text += "0.92,a,global,59,100,10,,\n"
     text += "0.1,a,both,58,100,10,,\n"
+    text += "0.93,a,both,58,100,11,,\n0.94,a,both,58,100,,,\n"  # the second is fine
     found = problems_of(tmp_path, text)
     assert found == {
         "scores.csv:4": "`score` is not a number",
@@ -149,6 +150,7 @@ def test_everything_wrong_is_found_at_once_by_line_and_column(tmp_path: Path) ->
         "scores.csv:14": "`score` is not a number",
         "scores.csv:15": "`tag` of a is not what it is at " + str(tmp_path / "scores.csv:2"),
         "scores.csv:16": "ratio 0.1: a has two scores",
+        "scores.csv:17": "`n` of a is not what it is at " + str(tmp_path / "scores.csv:2"),
     }
     assert "scale" in found["scores.csv:11"] or "better than perfect" in found["scores.csv:11"]
 

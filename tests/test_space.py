@@ -80,11 +80,12 @@ def test_the_default_of_the_ready_recipes_of_the_paper() -> None:
         ("-1:1:1", [-1, 0, 1]),
         ("[1e-3, '1e-3:2e-3:5e-4']", [0.001, 0.0015, 0.002]),
         ("0.7:0.7:1", [0.7]),
+        ("[-0.0, 0]", [0]),
     ],
 )
 def test_lists_ranges_and_single_values(written: str, values: list[float]) -> None:
     space = read_space(recipe(f"{{ratio: {written}}}"))
-    assert list(space.axes["ratio"]) == values
+    assert list(map(str, space.axes["ratio"])) == [str(float(value)) for value in values]  # no -0.0
     merged = [each.values["ratio"] for each in candidates(space)]
     assert merged == [0, *(value for value in values if value not in (0, 1)), 1]  # the ends, whether listed or not
 
@@ -270,10 +271,10 @@ def test_what_a_sweep_must_not_say(sweep: str, text: str, said: str) -> None:
 
 
 def test_everything_is_found_at_once_by_line() -> None:
-    sweep = "\n  ratio: [0.1, x]\n  wieght: [1]\n  mode: gird\n  refine: 1.5"
+    sweep = "\n  ratio: [0.1,\n    x]\n  wieght: [1]\n  mode: gird\n  refine: 1.5"
     found = problems_of(sweep)
     assert len(found) == 4
-    assert [any(f"recipe:{line}" in problem for problem in found) for line in (6, 7, 8, 9)] == [True] * 4
+    assert [any(f"recipe:{line}" in problem for problem in found) for line in (7, 8, 9, 10)] == [True] * 4
 
 
 def test_a_higher_limit_allows_more() -> None:

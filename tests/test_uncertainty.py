@@ -32,13 +32,19 @@ def candidate(seed: int, lift: float = 0.0, n: int = 200) -> list[Benchmark]:
     return [measured("world", "global", answers[0]), measured("sea", "regional", answers[1])]
 
 
+def with_a_third(candidates: list[list[Benchmark]]) -> list[list[Benchmark]]:
+    """One more benchmark, on both sides and of other size."""
+    return [[*each, measured("cvqa", "both", [*(each[1].items or {}).values()][:70])] for each in candidates]
+
+
 CANDIDATES = [candidate(0), candidate(1, 0.3), candidate(2, -0.2)]
 
 
 def test_the_observed_figures_are_those_of_the_scores() -> None:
-    result = bootstrap(CANDIDATES, 0, 0.43)
-    for k, each in enumerate(CANDIDATES):
-        summary = summarise(each, CANDIDATES[0], 0.43)
+    candidates = with_a_third(CANDIDATES)
+    result = bootstrap(candidates, 0, 0.43)
+    for k, each in enumerate(candidates):
+        summary = summarise(each, candidates[0], 0.43)
         expected = (summary.regional.value, summary.global_.value, summary.gain_percent)
         expected += (summary.retention_percent, summary.grp)  # type: ignore[assignment]
         for figure, value in zip(FIGURES, expected, strict=True):
@@ -55,13 +61,14 @@ def test_the_same_call_gives_the_same_and_another_seed_other_numbers() -> None:
 
 
 def test_intervals_depend_neither_on_order_nor_on_who_else_is_there() -> None:
-    turned = [[*reversed(each)] for each in reversed(CANDIDATES)]
-    shuffled = [[replace(b, items=dict(reversed((b.items or {}).items()))) for b in each] for each in CANDIDATES]
-    whole = bootstrap(CANDIDATES, 0, 0.43, n_resamples=300)
+    candidates = with_a_third(CANDIDATES)
+    turned = [[*reversed(each)] for each in reversed(candidates)]
+    shuffled = [[replace(b, items=dict(reversed((b.items or {}).items()))) for b in each] for each in candidates]
+    whole = bootstrap(candidates, 0, 0.43, n_resamples=300)
     for figure in FIGURES:
         expected = whole.interval(figure, 1)
         assert bootstrap(turned, 2, 0.43, n_resamples=300).interval(figure, 1) == expected
-        assert bootstrap(CANDIDATES[:2], 0, 0.43, n_resamples=300).interval(figure, 1) == expected
+        assert bootstrap(candidates[:2], 0, 0.43, n_resamples=300).interval(figure, 1) == expected
         assert bootstrap(shuffled, 0, 0.43, n_resamples=300).interval(figure, 1) == expected
 
 
@@ -208,6 +215,7 @@ def test_the_standard_error_of_right_and_wrong_needs_no_items() -> None:
     assert standard_error(whole) == pytest.approx(shares)
     soft = measured("soft", "both", np.linspace(0.2, 0.7, 200))
     assert (standard_error(soft) or 0) < (standard_error(replace(soft, items=None, n=200)) or 0)
+    assert [standard_error(replace(counted, score=score)) for score in (0.0, 100.0)] == [0, 0]
     for unknown in ({"n": None}, {"scale": None}, {"score": -1.0}, {"aggregator": "median"}):
         assert standard_error(replace(counted, **unknown)) is None  # type: ignore[arg-type]
 
@@ -217,5 +225,7 @@ def test_the_standard_error_of_a_mean_of_benchmarks() -> None:
     assert mean_standard_error(parts, "regional") == pytest.approx(math.sqrt(5**2 + 2.5**2) / 2)
     assert mean_standard_error([*parts, Benchmark("c", "regional", 50)], "regional") is None
     assert mean_standard_error(parts, "global") is None
-    spread = float(np.std(bootstrap(CANDIDATES, 0, n_resamples=4000).samples["regional"][0]))
-    assert spread == pytest.approx(mean_standard_error(CANDIDATES[0], "regional"), rel=0.08)
+    third = with_a_third(CANDIDATES)
+    for side in ("regional", "global"):
+        spread = float(np.std(bootstrap(third, 0, n_resamples=4000).samples[side][0]))
+        assert spread == pytest.approx(mean_standard_error(third[0], side), rel=0.08)  # type: ignore[arg-type]

@@ -140,7 +140,7 @@ def decide(points: Sequence[Point], rule: Rule) -> Decision:
         best = _knees(feasible)
     else:
         merits = [_merit(rule)(point) for point in feasible]
-        best = [point for point, merit in zip(feasible, merits, strict=True) if _at_least(merit, max(merits))]
+        best = [point for point, merit in zip(feasible, merits, strict=True) if _same(merit, max(merits))]
     return Decision(best[0], rule, tuple(best[1:]), tuple(_notes(best, points)))
 
 
@@ -180,8 +180,8 @@ def _grp(point: Point, rule: Rule) -> float:
     return rule.alpha.value * point.g + (1 - rule.alpha.value) * point.r
 
 
-def _at_least(value: float, other: float) -> bool:
-    return value >= other or math.isclose(value, other, rel_tol=_ROUNDING, abs_tol=1e-12)
+def _same(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=_ROUNDING, abs_tol=1e-12)
 
 
 def _knees(points: Sequence[Point]) -> list[Point]:
@@ -192,7 +192,7 @@ def _knees(points: Sequence[Point]) -> list[Point]:
         return [point for point, _ in on_front]
     farthest = max(out for _, out in on_front)
     if farthest > _ROUNDING:
-        return [point for point, out in on_front if _at_least(out, farthest)]
+        return [point for point, out in on_front if _same(out, farthest)]
     inner = [(point, out) for point, out in on_front if out < -_ROUNDING]
     nearest = max(inner, key=lambda pair: pair[1], default=(None, 0.0))
     said = f"{nearest[0].candidate} lies {-nearest[1]:.3g} inside it" if nearest[0] else "only the ends of the front"

@@ -124,7 +124,7 @@ def refine(space: Space, tried: Sequence[Candidate], best: Candidate) -> list[Ca
                 continue
             moved = [*space.axes] if space.mode == "zip" else [axis]
             found.append({**best.values, **{path: _midpoint(best.values[path], other[path]) for path in moved}})
-    new = [values for i, values in enumerate(found) if values not in known and values not in found[:i]]
+    new = [values for values in found if values not in known]
     return [Candidate(values) for values in new[: max(space.limit - len(tried), 0)]]
 
 
