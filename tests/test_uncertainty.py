@@ -147,6 +147,10 @@ def test_more_items_or_less_confidence_narrow_the_interval() -> None:
 def test_a_figure_that_is_undefined_has_no_interval() -> None:
     base = [measured("world", "global", [1, 0, 1]), measured("sea", "regional", [0, 0, 0])]
     new = [measured("world", "global", [1, 1, 1]), measured("sea", "regional", [1, 0, 1])]
+    below = [[base[0], replace(base[1], items={"q0": -1.0, "q1": -1.0, "q2": -1.0}, score=-100)], new]
+    assert bootstrap(below, 0).interval("gain_percent", 1) is None
+    rarely = [[base[0], measured("sea", "regional", [0, 0, 1])], new]  # some resamples of the base are 0
+    assert bootstrap(rarely, 0).interval("gain_percent", 1) is None
     result = bootstrap([base, new], 0)
     assert result.interval("gain_percent", 1) is result.difference("gain_percent", 1, 0) is None
     assert result.interval("grp", 1) is result.difference("grp", 1, 0) is None  # no alpha
