@@ -30,6 +30,7 @@ REQUIRES = [
     f"numba>=0.61; {HAS_WHEELS}",  # numpy 2.1, Python 3.13
     "numpy>=2.0",
     "pillow>=10.0",
+    "pycountry>=24.6",
     "pyyaml>=6.0",
     "rich>=13.0",
     "safetensors>=0.5",
@@ -51,6 +52,7 @@ TEST_REQUIRES = [
     "pytest>=8.0",
     "ruff>=0.9",
     "safetensors>=0.8",  # knows every dtype that the header tests compare
+    "scipy>=1.13",  # numpy 2; our statistics are compared with its
     "setuptools>=77",  # builds the wheel under test without a network
     "types-PyYAML>=6.0",
 ]
@@ -89,6 +91,7 @@ setup(
         "ggez_merge.methods",
         "ggez_merge.recipes",
         "ggez_merge.recipes.emoji",
+        "ggez_merge.sweep",
         "ggez_kernels",
         "ggez_kernels.cpu",
         "ggez_kernels.gpu",
@@ -97,7 +100,7 @@ setup(
     package_data={
         "ggez_merge": ["py.typed"],
         "ggez_merge.benchmarks": ["*.md", "results/*"],
-        "ggez_merge.recipes": ["*.yaml", "*.md"],
+        "ggez_merge.recipes": ["*.csv", "*.yaml", "*.md"],
         "ggez_merge.recipes.emoji": [
             "*.yaml",
             "*.md",

@@ -260,6 +260,18 @@ def _line(node: yaml.Node) -> int:
 _STEP = re.compile(r"""(?: "([^"]+)" | '([^']+)' | ([^."'=]+) ) ([.=])""", re.VERBOSE)
 
 
+def keys_of(given: str) -> tuple[list[str], int]:
+    """The keys before the `=` of an override, and where its value begins; no keys if it is none."""
+    keys: list[str] = []
+    position = 0
+    while match := _STEP.match(given, position):
+        keys.append(match[1] or match[2] or match[3])
+        position = match.end()
+        if match[4] == "=":
+            return keys, position
+    return [], 0
+
+
 def override(document: Document, given: str, place: str, problems: list[Problem]) -> None:
     """Sets one value in the document, "models.0.parameters.weight=0.3"; keys with a dot in them go in quotes.
 
@@ -269,14 +281,8 @@ def override(document: Document, given: str, place: str, problems: list[Problem]
     def refuse(what: str, **fields: str) -> None:
         problems.append(Problem(what, place, **fields))
 
-    keys: list[str] = []
-    position = 0
-    while match := _STEP.match(given, position):
-        keys.append(match[1] or match[2] or match[3])
-        position = match.end()
-        if match[4] == "=":
-            break
-    if not match:
+    keys, position = keys_of(given)
+    if not keys:
         return refuse("this is not an override", expected='key.key=value; keys with dots in quotes: "a.b".c=1')
     known = len(problems)
     values: list[Loaded] = []

@@ -1,0 +1,1 @@
+"""The sweep: many candidates of one recipe, their scores, and the one that deserves to be shipped."""
