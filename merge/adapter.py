@@ -15,12 +15,11 @@ from typing import Any, TypeVar
 
 from ggez_merge.checkpoint import FLOATS, ShardFile, Tensor, read_shard_header
 from ggez_merge.errors import Problem, Refused
+from ggez_merge.layout import ADAPTER_CONFIG, ADAPTER_OUTSIDE, ADAPTER_WEIGHTS, holds_adapter
 from ggez_merge.names import grouped
 from ggez_merge.torch_bin import read_bin_header
 from ggez_merge.untrusted import printable, read_json_bytes, strict_json
 
-CONFIG = "adapter_config.json"
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 BY_PEFT = "load base and adapter with PEFT, merge_and_unload() and save_pretrained() them, and name that folder here"
 
 # What PEFT can do besides, each as its config names it, and why W + s·BA would not be the model that it means.
@@ -98,13 +97,7 @@ class Adapter:
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter and no model."""
-    if not (folder / CONFIG).is_file():
-        return False
-    names = [path.name for path in folder.iterdir() if path.name not in WEIGHTS]
-    return not any(name.endswith((".safetensors", ".safetensors.index.json")) or _TORCH.match(name) for name in names)
-
-
-_TORCH = re.compile(r"(diffusion_)?pytorch_model.*\.bin")
+    return (folder / ADAPTER_CONFIG).is_file() and holds_adapter(path.name for path in folder.iterdir())
 
 
 def read_adapter(folder: Path, reference: str) -> Adapter:
@@ -113,13 +106,15 @@ def read_adapter(folder: Path, reference: str) -> Adapter:
     settings = _settings(folder, problems)
     if settings is None:
         raise Refused(problems)
-    if (folder / "non_lora_trainables.bin").exists():
+    if (folder / ADAPTER_OUTSIDE).exists():
         what = "the adapter comes with weights that PEFT did not save, in a format of its trainer's own"
         remedy = "merge it with the code that trained it, and name the merged model here"
-        problems.append(Problem(what, str(folder), None, None, "non_lora_trainables.bin", remedy))
-    path = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
+        problems.append(Problem(what, str(folder), None, None, ADAPTER_OUTSIDE, remedy))
+    path = next((folder / name for name in ADAPTER_WEIGHTS if (folder / name).exists()), None)
     if path is None:
-        problems.append(Problem("the adapter's weights are not there", str(folder), expected=" or ".join(WEIGHTS)))
+        problems.append(
+            Problem("the adapter's weights are not there", str(folder), expected=" or ".join(ADAPTER_WEIGHTS))
+        )
     if problems or path is None:
         raise Refused(problems)
     table, file = _read_header(path)
@@ -208,7 +203,7 @@ def _faults(adapter: Adapter) -> Iterable[Problem]:
 
 def _settings(folder: Path, problems: list[Problem]) -> Settings | None:
     """None with a problem if there is no telling what the adapter does."""
-    path = folder / CONFIG
+    path = folder / ADAPTER_CONFIG
     try:
         config = strict_json(read_json_bytes(path))
         if not isinstance(config, dict):
@@ -217,7 +212,9 @@ def _settings(folder: Path, problems: list[Problem]) -> Settings | None:
         problems.append(_no_adapter(folder))
         return None
     except (OSError, ValueError) as error:
-        problems.append(Problem(f"{CONFIG} cannot be read: {error}", str(path), remedy="download or save it again"))
+        problems.append(
+            Problem(f"{ADAPTER_CONFIG} cannot be read: {error}", str(path), remedy="download or save it again")
+        )
         return None
     kind = config.get("peft_type")
     if kind != "LORA":
@@ -240,7 +237,7 @@ def _settings(folder: Path, problems: list[Problem]) -> Settings | None:
 
     def number(key: str, value: Any, whole: bool = False) -> Any:
         fine = type(value) is int or (type(value) is float and not whole)
-        if not fine or not math.isfinite(value) or (whole and value < 1):
+        if not fine or not abs(value) < 1e300 or (whole and value < 1):  # NaN is not, either
             expected = "a whole number of at least 1" if whole else "a number"
             problems.append(Problem(f"{printable(key)} is no such number", str(path), None, expected, _shown(value)))
             return 1
@@ -288,12 +285,12 @@ def _shown(value: object) -> str:
 
 def _no_adapter(folder: Path) -> Problem:
     """There is no adapter_config.json: perhaps one level further down, where PEFT saves all but the first adapter."""
-    inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+    inside = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
     remedy = (
         f"name one of them: {folder / inside[0]}" if inside else "name the folder that PEFT's save_pretrained wrote"
     )
     found = "adapters in " + printable(", ".join(inside[:6])) if inside else None
-    return Problem("there is no adapter in this folder", str(folder), None, CONFIG, found, remedy)
+    return Problem("there is no adapter in this folder", str(folder), None, ADAPTER_CONFIG, found, remedy)
 
 
 def _is_plain_pattern(pattern: str) -> bool:

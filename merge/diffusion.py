@@ -200,8 +200,8 @@ def blocks(names: Collection[str]) -> dict[str, str]:
 
 
 def _block(original: str, last: int) -> str:
-    first, number, *_ = original.split(".")
+    first, _, rest = original.partition(".")
     numbered = {"input_blocks": "IN", "output_blocks": "OUT"}.get(first)
     if numbered:
-        return f"{numbered}{int(number):02}"
+        return f"{numbered}{int(rest.partition('.')[0]):02}"
     return {"middle_block": "M00", "time_embed": "IN00", "out": f"OUT{last:02}"}.get(first, "BASE")

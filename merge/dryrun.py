@@ -8,6 +8,7 @@ from ggez_merge.backend import Device
 from ggez_merge.carry import carried_files
 from ggez_merge.components import unrecognised
 from ggez_merge.plan import Plan, free_bytes
+from ggez_merge.provenance import role
 from ggez_merge.run import HASH_BUFFER_BYTES, Sizing
 from ggez_merge.summary import groups, renamings
 from ggez_merge.units import readable_bytes
@@ -59,7 +60,7 @@ def _inputs(plan: Plan) -> list[dict[str, Any]]:
     return [
         {
             "reference": checkpoint.reference,
-            "role": "base" if checkpoint is plan.layout else "model",
+            "role": role(plan, checkpoint),
             "stage": checkpoint.is_stage,
             "parameters": checkpoint.parameters,
             "bytes": checkpoint.nbytes,

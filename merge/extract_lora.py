@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ggez_merge.adapter import CONFIG, WEIGHTS
 from ggez_merge.align import counterpart
 from ggez_merge.checkpoint import FLOATS, Checkpoint, Tensor
 from ggez_merge.components import COMPONENTS, component
 from ggez_merge.errors import Failed, Problem, Refused
 from ggez_merge.heads import HEAD, ties
 from ggez_merge.in_memory import in_memory
+from ggez_merge.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ggez_merge.names import grouped
 from ggez_merge.read import Files
 from ggez_merge.shards import Entry, split
@@ -266,6 +266,13 @@ def _relative(parts: list[Part]) -> float:
 # --- the folder -------------------------------------------------------------------------------------------------------
 
 
+def _place(base: Checkpoint) -> str | None:
+    """Where PEFT finds the base; of one that is no model's folder, such as a base with an adapter, nowhere."""
+    if base.revision and not base.base:
+        return base.reference
+    return str(base.folder.resolve()) if not base.base and base.config is not None else None
+
+
 def _config(
     base: Checkpoint, rank: int, ranks: Mapping[str, int], names: Mapping[str, str], whole: Mapping[str, str]
 ) -> dict[str, Any]:
@@ -273,7 +280,7 @@ def _config(
     saved = list(dict.fromkeys(name.rpartition(".")[0] for name in whole.values()))
     return {
         "peft_type": "LORA",
-        "base_model_name_or_path": base.reference if base.revision else str(base.folder.resolve()),
+        "base_model_name_or_path": _place(base),
         "revision": base.revision,
         "task_type": None,
         "inference_mode": True,
@@ -315,11 +322,13 @@ def _write(folder: Path, tensors: Mapping[str, Any], config: Mapping[str, Any]) 
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
-            with open(partial / WEIGHTS[0], "wb") as file:
+            with open(partial / ADAPTER_WEIGHTS[0], "wb") as file:
                 file.write(shard.header)
                 for index in shard.members:
                     file.write(np.ascontiguousarray(arrays[index]).view(np.uint8).data if arrays[index].size else b"")
-            (partial / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            (partial / ADAPTER_CONFIG).write_text(
+                json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
             partial.chmod(0o755)  # mkdtemp's are for nobody else
             partial.rename(folder)
         except BaseException:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ggez_merge.errors import Problem, Refused
-from ggez_merge.layout import choose, read_index
+from ggez_merge.layout import ADAPTER_OUTSIDE, ADAPTER_WEIGHTS, choose, holds_adapter, read_index
 from ggez_merge.pipeline import MODEL_INDEX, component_folders, model_folders, read_model_index
 
 _ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*", re.ASCII)
@@ -123,6 +123,9 @@ def _pipeline(folder: Path) -> list[str]:
 def _weights(folder: Path, names: Iterable[str]) -> list[str]:
     """The paths of the weights that a merge needs among all files of a model; its small files must be in `folder`."""
     names, parts = list(names), [""]
+    if holds_adapter(name for name in names if "/" not in name):
+        weights = [name for name in ADAPTER_WEIGHTS if name in names][:1]
+        return weights + [ADAPTER_OUTSIDE] * (ADAPTER_OUTSIDE in names)
     if (folder / MODEL_INDEX).exists():
         parts = [f"{part}/" for part in model_folders(read_model_index(folder), names)]
     found: list[str] = []

@@ -13,6 +13,9 @@ from ggez_merge.untrusted import printable, read_json_bytes, strict_json
 
 INDEX = ".index.json"
 DIFFUSERS = "diffusion_pytorch_model"  # the stem of weight files of diffusers' models
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_OUTSIDE = "non_lora_trainables.bin"  # what trainers of LLaVA's kind save beside an adapter
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _NUMBERED = re.compile(r"(?P<base>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.(safetensors|bin)")
 _TORCH = re.compile(r"(diffusion_)?pytorch_model(-\d{5}-of-\d{5})?\.bin(\.index\.json)?")
@@ -24,6 +27,14 @@ class Layout:
 
     index: str | None
     files: tuple[str, ...]
+
+
+def holds_adapter(names: Iterable[str]) -> bool:
+    """Whether a folder with files of these names holds an adapter and no model."""
+    others = set(names) - set(ADAPTER_WEIGHTS)
+    return ADAPTER_CONFIG in others and not any(
+        name.endswith((".safetensors", ".safetensors.index.json")) or _TORCH.fullmatch(name) for name in others
+    )
 
 
 def choose(names: Iterable[str], place: str) -> Layout:

@@ -124,7 +124,7 @@ def _branches(merge: Mapping[str, Any], names: Mapping[str, str], depth: int, to
         revision = f" at revision {_code(entry['revision'])}" if entry.get("revision") else ""
         yield f"{indent}- {_code(entry['reference'])}{revision}"
         for name, file in entry["files"].items():
-            yield f"{indent}  - {_code(name)}, {readable_bytes(file['bytes'])}, xxh3_128 `{file['xxh3_128']}`"
+            yield f"{indent}  - {_code(name)}, {readable_bytes(file['bytes'])}, xxh3_128 {_code(file['xxh3_128'])}"
         earlier = entry.get("origin")
         if earlier and "inputs" in earlier:
             changed = "" if earlier["unchanged"] else " (its weights have changed since)"

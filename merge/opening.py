@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from ggez_merge.adapter import CONFIG, Adapter, is_adapter, read_adapter
+from ggez_merge.adapter import Adapter, is_adapter, read_adapter
 from ggez_merge.checkpoint import Checkpoint, checkpoint_at, locate
 from ggez_merge.errors import Problem, Refused
+from ggez_merge.layout import ADAPTER_CONFIG
 from ggez_merge.lora import apply
 from ggez_merge.reference import ModelReference
 
@@ -37,6 +38,8 @@ def open_model(
     else:
         said = reference.adapter
         path, commit = locate(said.path, said.revision, search)
+    if path.is_file():
+        raise Refused(Problem("an adapter is named by its folder", str(path), remedy=f"write {path.parent}"))
     adapter = read_adapter(path, f"{said.path}@{commit}" if commit else said.path)
     if reference.adapter is not None and reference.path:
         return apply(open_model(ModelReference(reference.path, reference.revision), search, None, known), adapter)
@@ -51,7 +54,9 @@ def _own_base(adapter: Adapter, search: Sequence[Path]) -> Checkpoint:
     named = adapter.settings.base
     if named is None:
         raise Refused(
-            Problem("the adapter does not say what its base is", str(adapter.folder / CONFIG), None, remedy=remedy)
+            Problem(
+                "the adapter does not say what its base is", str(adapter.folder / ADAPTER_CONFIG), None, remedy=remedy
+            )
         )
     try:
         path, commit = locate(named, adapter.settings.revision, search)
@@ -61,7 +66,7 @@ def _own_base(adapter: Adapter, search: Sequence[Path]) -> Checkpoint:
     except Refused as refused:
         problem = Problem(
             "the base that the adapter names cannot be opened",
-            place=str(adapter.folder / CONFIG),
+            place=str(adapter.folder / ADAPTER_CONFIG),
             expected=f"base_model_name_or_path: {named}",
             found=refused.problems[0].what,
             remedy=remedy,

@@ -470,7 +470,8 @@ class _Assembler:
                     tensor=some(names),
                     expected="bfloat16, float16, float32 or float64",
                     found=dtype,
-                    remedy="make bfloat16 of them first: ggez_merge.dequantize(weight, scale)",
+                    remedy="if they were cast without scales, save them as bfloat16 (tensor.to(torch.bfloat16)); "
+                    "if their scales lie elsewhere, merge the model that they were made from",
                 )
             )
 

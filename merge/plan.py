@@ -342,7 +342,11 @@ def _in_the_way(plans: Sequence[Plan], inputs: Iterable[Checkpoint]) -> Iterable
     """An output that would replace an input or another output."""
     for number, plan in enumerate(plans):
         folder = plan.folder.resolve()
-        homes = {checkpoint.reference: checkpoint.folder.resolve() for checkpoint in unique(inputs)}
+        homes = {
+            f"{checkpoint.reference}: {home}" if home != checkpoint.folder.resolve() else checkpoint.reference: home
+            for checkpoint in unique(inputs)
+            for home in {checkpoint.folder.resolve(), *(file.path.parent.resolve() for file in checkpoint.files)}
+        }
         others = {str(one.folder): one.folder.resolve() for one in plans[number + 1 :]}
         others |= {str(one.folder): where for one in plans[:number] if (where := one.folder.resolve()) != folder}
         for what, places in (("an input", homes), ("another output", others)):

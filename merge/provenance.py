@@ -106,7 +106,9 @@ def _input(plan: Plan, checkpoint: Checkpoint, hashes: dict[str, str]) -> dict[s
 
 def _relative(path: Path, folder: Path) -> str:
     """Its name, below the model's folder where it lies there: an adapter's does not."""
-    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
+    if path.is_relative_to(folder):
+        return path.relative_to(folder).as_posix()
+    return f"{path.parent.name}/{path.name}"
 
 
 def _stage(plan: Plan, hashes: dict[str, str]) -> dict[str, Any]:

@@ -59,7 +59,11 @@ RECIPE_KEYS = (
     *SWEEP_KEYS,
 )
 MODEL_KEYS = ("model", "parameters")
-MODEL_UNSUPPORTED = {"layer_range": "use `slices`, whose sources have layer ranges"}
+MODEL_UNSUPPORTED = {
+    "layer_range": "use `slices`, whose sources have layer ranges",
+    "adapter": "write `model: {adapter: …}`",
+    "lora": "write `model: {adapter: …}`",
+}
 SOURCE_KEYS = ("model", "layer_range", "parameters")
 SLICE_KEYS = ("sources", "base_model", "parameters")
 SLICE_UNSUPPORTED = {"residual_weight": "remove it: it does nothing"}

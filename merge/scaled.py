@@ -26,7 +26,7 @@ SCALES = ("scale", "scale_inv")
 SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 REMEDY = f"download the checkpoint again; if its files are as they were made, {ORIGINAL}"
 _MOST_INTEGERS = 8
-_ACTIVATIONS = re.compile(r"(^|[._])(input|output|activation|[kqv]|kv|prob)_(scale|zero_point|scale_ub)$")
+_ACTIVATIONS = re.compile(r"(?:(.*)([._])|^)(?:input|output|activation|[kqv]|kv|prob)_(?:scale|zero_point|scale_ub)$")
 _OF_WEIGHTS = re.compile(r"(.+)_scale_inv|((?:.*\.)?weight)_(?:scale|zero_point|packed|shape|g_idx)")
 
 
@@ -121,7 +121,10 @@ class _Pairing:
         """Whether a tensor means nothing to plain weights: scales, and what is about activations."""
         if not self.weights and not self.stated:
             return False
-        if name in self.used or _ACTIVATIONS.search(name):
+        about = _ACTIVATIONS.match(name)
+        if about and about[2] == "_" and about[1] not in self.codes:
+            about = None  # a weight that is called so, like Gemma 3n's correct_output_scale
+        if name in self.used or about:
             self.left[name.rpartition(".")[2]] += 1
             return True
         orphan = _OF_WEIGHTS.fullmatch(name)

@@ -590,6 +590,10 @@ def test_a_block_that_is_not_there_is_refused(key: str, what: str, made: Path) -
     assert what in problem.what
 
 
+def test_a_mark_beside_the_blocks_belongs_to_none_of_them() -> None:
+    assert blocks({"input_blocks.0.0.weight", "out.2.weight", "v_pred"})["v_pred"] == "BASE"
+
+
 def test_blocks_of_a_model_that_has_none_are_refused(tmp_path: Path) -> None:
     for name in ("base", "one"):
         write_checkpoint(tmp_path / name, {"model.layers.0.mlp.up_proj.weight": np.zeros((2, 2), np.float32)})

@@ -20,7 +20,7 @@ import pytest
 from checkpoints import write_checkpoint, write_file
 
 from ggez_merge.carry import CARRIED_STEMS, CARRIED_SUFFIXES
-from ggez_merge.hub import is_hub_id
+from ggez_merge.hub import _weights, is_hub_id
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 ARRAYS = {f"layers.{i}.w": np.full(4, i, np.float32) for i in range(4)}
@@ -290,3 +290,10 @@ def test_remedies(arguments: tuple[str, ...], remedy: str, server: tuple[str, Pa
 )
 def test_what_an_id_looks_like(reference: str, is_id: bool) -> None:
     assert is_hub_id(reference) is is_id
+
+
+def test_of_an_adapter_its_weights_are_taken_and_what_makes_it_refused(tmp_path: Path) -> None:
+    names = ["adapter_config.json", "adapter_model.bin", "README.md", "checkpoint-1/adapter_model.bin"]
+    assert _weights(tmp_path, names) == ["adapter_model.bin"]
+    names += ["adapter_model.safetensors", "non_lora_trainables.bin"]
+    assert _weights(tmp_path, names) == ["adapter_model.safetensors", "non_lora_trainables.bin"]

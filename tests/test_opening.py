@@ -129,7 +129,10 @@ models: [{model: base+sea, parameters: {weight: 0.5}}, {model: {adapter: latam},
     carry_out(plan)
     said = json.loads((tmp_path / "out/merge_report.json").read_text())
     assert [entry["reference"] for entry in said["inputs"]] == ["base", "base+sea", "base+latam"]
-    assert [sorted(entry["files"]) for entry in said["inputs"]][1] == ["adapter_model.safetensors", "model.safetensors"]
+    assert [sorted(entry["files"]) for entry in said["inputs"]][1] == [
+        "model.safetensors",
+        "sea/adapter_model.safetensors",
+    ]
     for name in ("norm.weight", f"{Q}.weight"):
         parameters = said["tensors"][name]["parameters"]
         assert parameters["base+sea"] == {"weight": 0.5} and parameters["base+latam"] == {"weight": 0.25}
@@ -181,3 +184,23 @@ def test_an_adapter_on_a_merge_that_is_read_and_on_one_that_is_a_stage(tmp_path:
     assert tensors(tmp_path / "at once") == tensors(tmp_path / "through disk")
     report = json.loads((tmp_path / "through disk/merge_report.json").read_text())
     assert report["inputs"][1]["origin"]["unchanged"] is True
+
+
+def test_an_output_that_would_replace_an_adapter_is_refused(tmp_path: Path) -> None:
+    models(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "sea").rename(tmp_path / "out/sea")
+    problems = refusals(tmp_path, RECIPE.replace("MODEL", "base+out/sea"))
+    assert any("holds) an input" in problem.what and "out/sea" in str(problem.found) for problem in problems)
+
+
+def test_an_adapter_is_named_by_its_folder(tmp_path: Path) -> None:
+    models(tmp_path)
+    (problem,) = refusals(tmp_path, RECIPE.replace("MODEL", "base+sea/adapter_model.safetensors"))
+    assert "named by its folder" in problem.what and str(problem.remedy).endswith("sea")
+
+
+def test_an_adapter_beside_model_says_where_it_belongs(tmp_path: Path) -> None:
+    models(tmp_path)
+    with pytest.raises(Refused, match=r"model: \{adapter"):
+        parse_recipe(RECIPE.replace("{model: MODEL}", "{adapter: sea}"), tmp_path / "recipe.yaml")
