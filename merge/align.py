@@ -84,7 +84,8 @@ def counterpart(layout: Checkpoint, checkpoint: Checkpoint) -> Counterpart:
                 unclear += found.unclear
         else:
             own, extra = converted(a, b)
-            told = (Rule("", "", len(own)),)
+            same = a.prefix == b.prefix
+            told = (Rule(f"{b.style} names", f"{a.style} names", len(own), whole=True),) if same else ()
             if is_denoiser(name):
                 own = {**extra, **own}
         tensors.update((a.prefix + own_name, tensor) for own_name, tensor in own.items())
@@ -92,6 +93,8 @@ def counterpart(layout: Checkpoint, checkpoint: Checkpoint) -> Counterpart:
         rules += [
             replace(rule, theirs=_under(b.prefix, rule.theirs), ours=_under(a.prefix, rule.ours)) for rule in told
         ]
+    for name in [name for name in theirs if name not in ours and is_denoiser(name)]:  # then it lacks a counterpart
+        tensors.update((theirs[name].prefix + own_name, tensor) for own_name, tensor in theirs[name].tensors.items())
     return Counterpart(replace(checkpoint, tensors=tensors), tuple(rules), tuple(problems), tuple(unclear))
 
 

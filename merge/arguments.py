@@ -12,7 +12,7 @@ import numpy as np
 from ggez_merge.errors import Problem
 from ggez_merge.methods.method import Job, Method, Parameter
 from ggez_merge.parameters import Scalar
-from ggez_merge.resolve import some
+from ggez_merge.untrusted import some
 
 Index = tuple[int, ...]  # of a part, along the axes that arrays have; () is the whole
 Values = tuple[dict[str, Scalar], list[dict[str, Scalar]]]  # the parameters that all models share, and each model's own

@@ -10,6 +10,7 @@ from typing import Any
 from ggez_merge.adapter import is_adapter
 from ggez_merge.checkpoint import FLOATS, Checkpoint
 from ggez_merge.errors import Failed, Problem
+from ggez_merge.local_paths import is_absolute
 from ggez_merge.pipeline import MODEL_INDEX, component_folders, read_model_index
 from ggez_merge.recipe import ModelReference, Recipe
 from ggez_merge.shards import Entry
@@ -109,7 +110,11 @@ def carried_config(name: str, text: Path | bytes, layout: Checkpoint, entries: l
 
 
 def updated_config(config: dict[str, Any], entries: list[Entry]) -> dict[str, Any]:
-    """The config with `dtype` / `torch_dtype` as the weights now are, wherever it states them."""
+    """The config with `dtype` / `torch_dtype` as the weights now are, wherever it states them.
+
+    Without the absolute path that some libraries note: the folder is another's now, and may be published.
+    """
+    config = {key: value for key, value in config.items() if key != "_name_or_path" or not is_absolute(str(value))}
     numbers: Counter[str] = Counter()
     for entry in entries:
         if entry.dtype in FLOATS:

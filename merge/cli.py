@@ -170,16 +170,17 @@ def push(
 ) -> None:
     """Verify a merged checkpoint and upload it to Hugging Face. The same call again continues a broken upload."""
     with _errors_for_people():
-        from ggez_merge.push import listed, push
+        from ggez_merge.push import push
         from ggez_merge.units import readable_bytes
+        from ggez_merge.untrusted import some
 
         pushed = push(folder, repo, private=private, overwrite=overwrite, quiet=quiet)
         if quiet:
             return
         if pushed.removed:
-            print(f"note: removed from the repository: {listed(pushed.removed)}", file=sys.stderr)
+            print(f"note: removed from the repository: {some(pushed.removed, 6)}", file=sys.stderr)
         if pushed.left_out:
-            print(f"note: left out, as the merge did not write it: {listed(pushed.left_out)}", file=sys.stderr)
+            print(f"note: left out, as the merge did not write it: {some(pushed.left_out, 6)}", file=sys.stderr)
         what = (
             f"{len(pushed.files)} files, {readable_bytes(pushed.n_bytes)}" if pushed.changed else "nothing has changed"
         )

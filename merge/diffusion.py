@@ -59,7 +59,7 @@ class Part:
 def goes_along(layout: Checkpoint) -> Callable[[str], bool]:
     """Whether a tensor of a whole pipeline lies outside its denoiser: VAE, text encoders, a schedule's numbers."""
     if layout.parts:
-        return lambda name: not is_denoiser(name.partition(".")[0])
+        return lambda name: (part := name.partition(".")[0]) in layout.parts and not is_denoiser(part)
     if any(name.startswith(DENOISER) for name in layout.tensors):
         return lambda name: not name.startswith(DENOISER)
     return lambda name: False

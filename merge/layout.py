@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from ggez_merge.errors import Problem, Refused
 from ggez_merge.formats import gguf
-from ggez_merge.untrusted import printable, read_json_bytes, strict_json
+from ggez_merge.untrusted import printable, read_json_bytes, some, strict_json
 
 INDEX = ".index.json"
 DIFFUSERS = "diffusion_pytorch_model"  # the stem of weight files of diffusers' models
@@ -74,7 +74,7 @@ def choose(names: Iterable[str], place: str) -> Layout:
                 "shards of the checkpoint are missing",
                 place=place,
                 expected=f"{total} shards {base}-*-of-{total:05d}",
-                found=_some(weights),
+                found=some(weights, 6),
                 remedy="download the folder again, including its .index.json",
             )
         )
@@ -84,7 +84,7 @@ def choose(names: Iterable[str], place: str) -> Layout:
                 "it is not clear which files are the checkpoint",
                 place=place,
                 expected=f"{first}{suffix}, one index, or one complete set of numbered shards",
-                found=_some(indexes + weights),
+                found=some(indexes + weights, 6),
                 remedy=f"name the {suffix} file itself, or remove what does not belong",
             )
         )
@@ -99,12 +99,12 @@ def holds_weights(names: Iterable[str]) -> bool:
 def _nothing(names: list[str], place: str) -> Problem:
     ggufs = [name for name in names if name.lower().endswith(".gguf")]
     if ggufs:
-        return gguf(place, _some(ggufs))
+        return gguf(place, some(ggufs, 6))
     pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
     if pickles:
-        return pickled(place, _some(pickles))
+        return pickled(place, some(pickles, 6))
     remedy = "give the folder that holds the .safetensors files or pytorch_model.bin"
-    return Problem("no checkpoint here", place=place, found=_some(names) or "nothing", remedy=remedy)
+    return Problem("no checkpoint here", place=place, found=some(names, 6) or "nothing", remedy=remedy)
 
 
 def pickled(place: str, found: str) -> Problem:
@@ -117,11 +117,6 @@ def pickled(place: str, found: str) -> Problem:
         remedy="save it anew: transformers' from_pretrained(...).save_pretrained(...) writes safetensors; a .bin that "
         "holds a state dict can be named itself",
     )
-
-
-def _some(names: list[str], limit: int = 6) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(printable(name) for name in names[:limit]) + more
 
 
 def read_index(path: Path) -> dict[str, str]:

@@ -13,9 +13,9 @@ from ggez_merge.errors import Problem
 from ggez_merge.methods import METHODS
 from ggez_merge.methods.method import Job
 from ggez_merge.parameters import Scalar
-from ggez_merge.resolve import some
 from ggez_merge.selection import read_selection, remedy
 from ggez_merge.tensors import Buffers, Nonfinite, StateDict, lacking, refuse
+from ggez_merge.untrusted import some
 from ggez_merge.work import FLOATS, Work, carry_out, check_alike
 
 Live = Sequence[tuple[Sequence[str], torch.Tensor]]  # every tensor of a module once, with all its names

@@ -22,7 +22,7 @@ def short_names(report: Mapping[str, Any]) -> dict[str, str]:
 
     As many parts as it takes to tell all of them apart, the same number for all.
     """
-    parts = {text: found for text in _named(report) if _is_absolute(text) and (found := re.findall(r"[^\\/]+", text))}
+    parts = {text: found for text in _named(report) if is_absolute(text) and (found := re.findall(r"[^\\/]+", text))}
     n_parts, n_paths = 1, len(set(map(tuple, parts.values())))
     while len({tuple(found[-n_parts:]) for found in parts.values()}) < n_paths:
         n_parts += 1
@@ -43,7 +43,8 @@ def _spelt(text: str, as_json: bool) -> bytes:
     return (json.dumps(text, ensure_ascii=False)[1:-1] if as_json else text).encode()
 
 
-def _is_absolute(text: str) -> bool:
+def is_absolute(text: str) -> bool:
+    """Whether it is an absolute path on any system."""
     return PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute()
 
 

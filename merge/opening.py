@@ -44,7 +44,9 @@ def open_model(
     if reference.adapter is not None and reference.path:
         return apply(open_model(ModelReference(reference.path, reference.revision), search, None, known), adapter)
     if base is not None and base != reference:
-        return apply(open_model(base, search, None, known), adapter)
+        opened = open_model(base, search, None, known)
+        if all(file.path.resolve() != adapter.file.path.resolve() for file in opened.files):
+            return apply(opened, adapter)  # else the base is this very adapter, spelt in another way
     return apply(_own_base(adapter, search), adapter)
 
 

@@ -25,10 +25,10 @@ from ggez_merge.heads import resolve_heads
 from ggez_merge.methods.method import Job, Method
 from ggez_merge.names import grouped
 from ggez_merge.recipe import ModelReference, Module, Recipe, Slice
-from ggez_merge.resolve import Resolver, gradient_position, some
+from ggez_merge.resolve import Resolver, gradient_position
 from ggez_merge.rows import Rows, align_rows
 from ggez_merge.shards import Entry
-from ggez_merge.untrusted import printable
+from ggez_merge.untrusted import printable, some
 
 Action = Literal["merge", "copy", "equal"]
 MODULE_ALIASES = {
@@ -366,7 +366,7 @@ class _Assembler:
         if origin is None:
             return
         owner = next((str(r) for (r, _), x in zip(wanted, tensors, strict=True) if x is origin), self.layout.reference)
-        if self.recipe.missing == "copy":
+        if self.recipe.missing == "copy" and self._has_room(name):
             self._copy(name, origin, f"copied from {owner}: {', '.join(lacking)} has no such tensor")
         for reference, own in lacking.items():
             self.missing[(reference, owner)][own] = [at.name for at in origin.extents]
@@ -431,10 +431,14 @@ class _Assembler:
         dtype = wanted if tensor.dtype in FLOATS else tensor.dtype
         self.result.outputs.append(Output(_entry(name, dtype, tensor.shape), "copy", None, (tensor,), None, via))
 
+    def _has_room(self, name: str) -> bool:
+        """Whether a loader of the result would find a tensor of this name: in a pipeline, only inside its parts."""
+        return not self.layout.parts or name.partition(".")[0] in self.layout.parts
+
     def _explain_missing(self) -> None:
         for (lacks, has), own_names in self.missing.items():
             names, own = list(own_names), [name for several in own_names.values() for name in several]
-            if self.recipe.missing == "copy":
+            if self.recipe.missing == "copy" and all(map(self._has_room, names)):
                 self.result.notes.append(
                     f"{len(names)} tensors that {lacks} lacks are copied from {has}: {some(names)}"
                 )
@@ -446,8 +450,8 @@ class _Assembler:
                     f"{lacks} lacks {len(names)} tensor{'s' if len(names) > 1 else ''} that {has} has",
                     tensor=some(names),
                     found="; ".join(found) or None,
-                    remedy="if they are the same model under other names, save both with one version of transformers; "
-                    "if not, `missing: copy` copies them unmerged",
+                    remedy="if they are the same model under other names, save both with one version of transformers"
+                    + ("; if not, `missing: copy` copies them unmerged" if all(map(self._has_room, names)) else ""),
                 )
             )
 

@@ -12,7 +12,6 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -24,7 +23,7 @@ from ggez_merge.hub import first_line, is_hub_id
 from ggez_merge.layout import INDEX
 from ggez_merge.local_paths import short_names, shortened
 from ggez_merge.progress import Silent, progress_for
-from ggez_merge.untrusted import printable
+from ggez_merge.untrusted import printable, some
 from ggez_merge.verify import verify
 from ggez_merge.write import REPORT, unfinished
 
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 WEIGHTS = (".safetensors", ".bin", INDEX)
+MODELS = (*WEIGHTS, ".gguf", ".pth", ".pt", ".ckpt", ".onnx", ".h5", ".msgpack")  # what a repository may hold already
 AGAIN = "Run the same command again: what has arrived is not sent a second time."
 
 
@@ -147,7 +147,7 @@ def _send(
     sizes = {name: len(f) if isinstance(f, bytes) else f.stat().st_size for name, f in files.items()}
     lacking = [name for name, size in sizes.items() if after.get(name) != size]
     if lacking:  # a .gitignore there makes the Hub skip files without a word
-        raise Failed(f"{repo}: not all has arrived: {listed(lacking)}. Does a .gitignore in the repository name them?")
+        raise Failed(f"{repo}: not all has arrived: {some(lacking, 6)}. Does a .gitignore in the repository name them?")
     return Pushed(
         url=f"{api.endpoint}/{repo}",
         private=bool(before.private),
@@ -196,7 +196,7 @@ def _in_the_way(before: ModelInfo, files: dict[str, Path | bytes], overwrite: bo
     report = files[REPORT]
     same = isinstance(report, bytes) and hashlib.sha1(b"blob %d\0%b" % (len(report), report)).hexdigest()
     there = {file.rfilename: file.blob_id for file in before.siblings or ()}
-    weights = [name for name in there if name.endswith(WEIGHTS)]
+    weights = [name for name in there if name.endswith(MODELS)]
     if not weights or there.get(REPORT) == same:
         return []
     if not overwrite:
@@ -204,19 +204,13 @@ def _in_the_way(before: ModelInfo, files: dict[str, Path | bytes], overwrite: bo
             Problem(
                 "the repository holds a model already",
                 place=before.id,
-                found=listed(weights),
+                found=some(weights, 6),
                 remedy="replace it with --overwrite (its history stays), or choose another name",
             )
         )
     folders = {PurePosixPath(name).parent for name in files}
     left = sorted(name for name in there if name not in files and PurePosixPath(name).parent in folders)
     return [name for name in left if name.endswith(WEIGHTS + CARRIED_SUFFIXES)]
-
-
-def listed(names: Sequence[str], limit: int = 6) -> str:
-    """Names for people, the first few."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(map(printable, names[:limit])) + more
 
 
 def _told(error: Exception, repo: str) -> UserError:

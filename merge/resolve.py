@@ -20,7 +20,7 @@ from ggez_merge.methods.method import Job, Method, Parameter
 from ggez_merge.parameters import Filtered, Scalar, Value, evaluate, matching
 from ggez_merge.recipe import Module, Recipe, Slice
 from ggez_merge.selection import read_selection, remedy
-from ggez_merge.untrusted import printable
+from ggez_merge.untrusted import some
 from ggez_merge.yaml_lines import Where
 
 # LFM2's final norm is called as if it were that of its embeddings.
@@ -230,9 +230,3 @@ def gradient_position(name: str, n_layers: Mapping[str, int]) -> float:
     closes = any(word in owner for word in ("norm", "ln_f", "ln_post"))
     opens = any(word in f"{around}.{owner}" for word in ("embed", "per_layer")) or "pre" in owner
     return 1.0 if closes and not opens else 0.0
-
-
-def some(names: list[str], most: int = 3) -> str:
-    """The first few names and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(printable(name) for name in names[:most]) + more

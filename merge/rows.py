@@ -20,9 +20,8 @@ from ggez_merge.checkpoint import FLOATS, ITEM_BITS, Checkpoint, Elements, Shard
 from ggez_merge.errors import Problem, Refused
 from ggez_merge.heads import is_vocabulary
 from ggez_merge.recipe import ModelReference, Recipe
-from ggez_merge.resolve import some
 from ggez_merge.tokenizer import Tokenizer, TokenRow
-from ggez_merge.untrusted import printable
+from ggez_merge.untrusted import printable, some
 from ggez_merge.vocabulary import Vocabulary, extended, gaps, read_vocabulary, tokenizer_json
 
 Files = tuple[ShardFile, ...]  # what tells one input from another

@@ -24,7 +24,7 @@ from ggez_merge.axes import carry_out_parts, check_axes, names_of
 from ggez_merge.errors import Problem, Refused
 from ggez_merge.methods import METHODS
 from ggez_merge.methods.method import Job, Method
-from ggez_merge.resolve import some
+from ggez_merge.untrusted import some
 from ggez_merge.work import FLOATS, Work, carry_out, check_alike, check_equal, check_overlaps
 
 if TYPE_CHECKING:

@@ -273,6 +273,30 @@ def test_a_pipeline_that_is_not_whole_is_refused(change: Any, what: str, made: P
         open_checkpoint(str(tmp_path / "base"))
 
 
+@pytest.mark.parametrize("missing", ["error", "copy"])
+def test_what_the_pipeline_has_no_part_for_is_refused_whatever_the_recipe_says(
+    missing: str, made: Path, tmp_path: Path
+) -> None:
+    write_checkpoint(tmp_path / "llama", {"model.layers.0.weight": np.ones((2, 2), "f4"), "lm_head": np.ones(2, "f4")})
+    text = recipe(str(made / "base"), "llama").replace("{merge", f"{{missing: {missing}, merge", 1)
+    assert any("that llama has" in problem.what for problem in refusals(tmp_path, text))
+    shutil.copytree(made / "one", tmp_path / "two")
+    shutil.copytree(tmp_path / "two/unet", tmp_path / "two/unet_2")
+    index = json.loads((tmp_path / "two/model_index.json").read_text())
+    (tmp_path / "two/model_index.json").write_text(json.dumps({**index, "unet_2": index["unet"]}))
+    text = recipe(str(made / "base"), "two").replace("{merge", f"{{missing: {missing}, merge", 1)
+    (problem,) = refusals(tmp_path, text)
+    assert "unet_2." in str(problem.tensor) and "missing: copy" not in str(problem.remedy)
+
+
+def test_where_a_config_came_from_is_not_told(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "base", tmp_path / "base")
+    path = tmp_path / "base/vae/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "_name_or_path": "/home/me/vae"}))
+    done(tmp_path, recipe("base", str(made / "one")), tmp_path / "out")
+    assert not any(b"/home/me" in file.read_bytes() for file in (tmp_path / "out").rglob("*.json"))
+
+
 def test_a_pipeline_without_a_denoiser_is_refused(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "base", tmp_path / "base")
     indexed("unet", [None, None])(tmp_path / "base")

@@ -204,3 +204,11 @@ def test_an_adapter_beside_model_says_where_it_belongs(tmp_path: Path) -> None:
     models(tmp_path)
     with pytest.raises(Refused, match=r"model: \{adapter"):
         parse_recipe(RECIPE.replace("{model: MODEL}", "{adapter: sea}"), tmp_path / "recipe.yaml")
+
+
+def test_an_adapter_as_base_and_as_model_is_one_however_it_is_spelt(tmp_path: Path) -> None:
+    models(tmp_path)
+    text = (
+        "{merge_method: linear, base_model: ./latam, models: [{model: latam}, {model: base}], parameters: {weight: 1}}"
+    )
+    assert [each.reference for each in plan_of(tmp_path, text).checkpoints] == ["other+./latam", "base"]

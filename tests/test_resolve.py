@@ -13,7 +13,8 @@ from merging import INTERPOLATE, TASK, models, plan_of, refusals, scratch
 from ggez_merge.errors import Problem, Refused
 from ggez_merge.plan import Plan
 from ggez_merge.recipe import parse_recipe
-from ggez_merge.resolve import gradient_position, some
+from ggez_merge.resolve import gradient_position
+from ggez_merge.untrusted import some
 
 NAMES = [
     "model.embed_tokens.weight",
