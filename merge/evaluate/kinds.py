@@ -117,7 +117,8 @@ class Command:
     higher_is_better: bool = True
 
 
-Kind = Retrieval | Classification | MultipleChoice | Vqa | CaptionLoss | Command
+LiveKind = Retrieval | Classification | MultipleChoice | Vqa | CaptionLoss
+Kind = LiveKind | Command
 
 ADAPTERS = ("lmms-eval", "lm-evaluation-harness", "vlmevalkit")
 COMMAND_KEYS = ("command", "adapter", "read", "timeout", "scale", "chance", "n", "higher_is_better")
@@ -261,3 +262,18 @@ TASKS: Mapping[str, tuple[tuple[str, ...], Callable[[Check, Where, Entry], Kind]
     "caption_loss": (("text", "prompt"), _caption_loss),
 }
 """Of each kind that runs on a live model: its own keys, and what reads them."""
+
+
+def columns(kind: LiveKind) -> tuple[str, ...]:
+    """The columns that a task of this kind reads."""
+    match kind:
+        case Retrieval():
+            return (*kind.text, *([kind.within] if kind.within else []))
+        case Classification():
+            return (kind.label,)
+        case MultipleChoice():
+            return (kind.question, *kind.choices, kind.answer)
+        case Vqa():
+            return (kind.question, kind.answer)
+        case CaptionLoss():
+            return (kind.text,)

@@ -52,6 +52,10 @@ class Task:
         """Whether a program carries it out, which needs the candidate as a folder."""
         return isinstance(self.kind, Command)
 
+    def refused(self, what: str, found: str | None = None, remedy: str | None = None) -> Refused:
+        """The error that says what is wrong with this task or its data."""
+        return Refused(Problem(f"{self.name}: {what}", self.place, found=found, remedy=remedy))
+
 
 @dataclass(frozen=True)
 class Evaluation:
