@@ -12,7 +12,7 @@ import torch
 import transformers as tf
 from models import VISION, randomised
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 SIDE = 28
 TEXTS = (
@@ -29,15 +29,13 @@ TEXTS = (
 )
 
 
-def byte_tokenizer(special: Iterable[str] = ()) -> tf.PreTrainedTokenizerFast:
-    """A token for each byte: <pad> 0, <s> 1, </s> 2, then those of `special`, then 256 of bytes."""
-    named = ["<pad>", "<s>", "</s>", *special]
+def byte_tokenizer(special: Mapping[str, str] | None = None) -> tf.PreTrainedTokenizerFast:
+    """A token for each byte: <pad> 0, <s> 1, </s> 2, then those of `special` by their attributes, then 256 of bytes."""
+    named = ["<pad>", "<s>", "</s>", *(special or {}).values()]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate([*named, *letters])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    from tokenizers import decoders
-
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>" if not special else "<s> $A", special_tokens=[("<s>", 1), ("</s>", 2)]
@@ -48,7 +46,7 @@ def byte_tokenizer(special: Iterable[str] = ()) -> tf.PreTrainedTokenizerFast:
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
-        additional_special_tokens=list(special),
+        extra_special_tokens=dict(special or {}),
     )
 
 
