@@ -128,18 +128,18 @@ def test_likelihoods_are_those_of_one_answer_at_a_time(live: Live, source: Sourc
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_answers_are_those_of_a_greedy_loop(live: Live, source: Source, batch_size: int) -> None:
     each = list(zip(QUESTIONS, pictures(live, source), strict=True))
-    found = generate(live, [Question(*one) for one in each], batch_size, 6)
-    assert found == [greedy(live, *one, 6) for one in each]
+    found = generate(live, [Question(*one) for one in each], batch_size, 4)
+    assert found == [greedy(live, *one, 4) for one in each]
     assert len(set(found)) > 1
 
 
 def test_the_checkpoints_own_sampling_is_not_used(live: Live, source: Source) -> None:
     questions = [Question(*one) for one in zip(QUESTIONS, pictures(live, source), strict=True)]
-    plain = generate(live, questions, 3, 6)
+    plain = generate(live, questions, 3, 4)
     own = live.model.generation_config
     own.do_sample, own.temperature, own.repetition_penalty = True, 5.0, 3.0
     try:
-        assert generate(live, questions, 3, 6) == plain
+        assert generate(live, questions, 3, 4) == plain
     finally:
         own.do_sample, own.temperature, own.repetition_penalty = False, 1.0, 1.0
 
@@ -207,16 +207,16 @@ def test_caption_loss_is_the_mean_over_tokens(live: Live, source: Source) -> Non
 KINDS = {
     "letters": MultipleChoice(),
     "texts": MultipleChoice(answer_with="text", prompt=OPEN, normalise="bytes"),
-    "generation": MultipleChoice(score_by="generation"),
-    "vqa": Vqa(answer="text", metric="chrf", max_new_tokens=8),
+    "generation": MultipleChoice(score_by="generation", max_new_tokens=4),
+    "vqa": Vqa(answer="text", metric="chrf", max_new_tokens=4),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_the_batch_size_changes_no_score(live: Live, source: Source, kind: Any) -> None:
     task = Task("x", "both", kind, of(live, source))
-    one, *others = [evaluate(task, live, batch_size=size) for size in (1, 2, 5, 64)]
-    assert all(other == one for other in others)
+    one, other = [evaluate(task, live, batch_size=size) for size in (1, 4)]
+    assert other == one
 
 
 def test_the_batch_size_changes_a_loss_by_rounding_noise_only(live: Live, source: Source) -> None:

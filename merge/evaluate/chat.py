@@ -116,7 +116,6 @@ def generate(live: Live, questions: Sequence[Question], batch_size: int, max_new
     pad = live.tokenizer.pad_token_id
     eos = own.eos_token_id if own.eos_token_id is not None else live.tokenizer.eos_token_id
     first = eos[0] if isinstance(eos, list) else eos
-    # A config of its own: the checkpoint's may sample, or punish repetition.
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -126,10 +125,15 @@ def generate(live: Live, questions: Sequence[Question], batch_size: int, max_new
         pad_token_id=pad if pad is not None else first,
     )
     found: list[str] = []
-    for part in batches(questions, batch_size):
-        inputs = live.to_device(_inputs(live, part, side="left"))
-        tokens = live.model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :]
-        found += [text.strip() for text in live.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+    try:
+        # Whatever a config leaves open is taken from the model's, which may sample or punish repetition.
+        live.model.generation_config = config
+        for part in batches(questions, batch_size):
+            inputs = live.to_device(_inputs(live, part, side="left"))
+            tokens = live.model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+            found += [text.strip() for text in live.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+    finally:
+        live.model.generation_config = own
     return found
 
 

@@ -20,7 +20,7 @@ from ggez_merge.errors import Failed
 from ggez_merge.evaluate.data import Row
 from ggez_merge.evaluate.fields import many
 from ggez_merge.evaluate.kinds import Classification, Retrieval
-from ggez_merge.evaluate.measured import Item, Measured, mean, of_items
+from ggez_merge.evaluate.measured import Item, Measured, mean, of_items, percent
 from ggez_merge.evaluate.model import SIGLIP, Live
 from ggez_merge.evaluate.tasks import Task
 
@@ -77,10 +77,10 @@ def retrieve(task: Task, kind: Retrieval, live: Live, rows: Sequence[Row], batch
             groups += [f"text={column}"] if len(kind.text) > 1 else []
             name = f"{own[0][0].id}:{column}" if len(kind.text) > 1 else own[0][0].id
             items.append(Item(name, PERCENT * (float(to_text[i] < k) + back) / 2, tuple(dict.fromkeys(groups))))
-    details = {name: PERCENT * mean(outcomes) for name, outcomes in found.items()}
+    details = {name: percent(outcomes) for name, outcomes in found.items()}
     if n_empty:
         details["rows without a caption"] = n_empty
-    return of_items(task.name, task.tag, items, chance=PERCENT * mean(chances), scale=PERCENT, details=details)
+    return of_items(task.name, task.tag, items, chance=percent(chances), scale=PERCENT, details=details)
 
 
 Pairs = list[tuple[Row, str]]
@@ -150,9 +150,9 @@ def classify(task: Task, kind: Classification, live: Live, rows: Sequence[Row], 
     members: dict[int, list[float]] = defaultdict(list)
     for number, found in zip(right, rank, strict=True):
         members[number].append(float(found < 1))
-    details = {"mean over classes": PERCENT * mean(mean(outcomes) for outcomes in members.values())}
+    details = {"mean over classes": percent(mean(outcomes) for outcomes in members.values())}
     if len(names) > 5:
-        details["top-5"] = PERCENT * mean(float(found < 5) for found in rank)
+        details["top-5"] = percent(float(found < 5) for found in rank)
     return of_items(task.name, task.tag, items, chance=PERCENT / len(names), scale=PERCENT, details=details)
 
 

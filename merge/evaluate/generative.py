@@ -14,7 +14,7 @@ from ggez_merge.evaluate.chat import Likelihood, Question, generate, log_likelih
 from ggez_merge.evaluate.data import Row
 from ggez_merge.evaluate.fields import many
 from ggez_merge.evaluate.kinds import CaptionLoss, MultipleChoice, Vqa
-from ggez_merge.evaluate.measured import Item, Measured, mean, of_items
+from ggez_merge.evaluate.measured import Item, Measured, mean, of_items, percent
 from ggez_merge.evaluate.metrics import LETTERS, METRICS, exact_match, parse_choice
 from ggez_merge.evaluate.model import Live
 from ggez_merge.evaluate.tasks import Task
@@ -53,7 +53,7 @@ def choose(task: Task, kind: MultipleChoice, live: Live, rows: Sequence[Row], ba
         texts = generate(live, questions, batch_size, kind.max_new_tokens)
         found = [parse_choice(text, own) for text, own in zip(texts, choices, strict=True)]
         hits = [guess == good for guess, good in zip(found, right, strict=True)]
-        details["unanswered"] = PERCENT * mean(float(guess is None) for guess in found)
+        details["unanswered"] = percent(float(guess is None) for guess in found)
     else:
         letters = kind.answer_with == "letter"
         questions = [
@@ -67,9 +67,9 @@ def choose(task: Task, kind: MultipleChoice, live: Live, rows: Sequence[Row], ba
         }
         hits = by_length[kind.normalise]
         if not letters:
-            details |= {f"normalised by {name}": PERCENT * mean(map(float, own)) for name, own in by_length.items()}
+            details |= {f"normalised by {name}": percent(map(float, own)) for name, own in by_length.items()}
     items = [Item(row.id, PERCENT * hit, row.groups) for row, hit in zip(rows, hits, strict=True)]
-    chance = PERCENT * mean(1 / len(own) for own in choices)
+    chance = percent(1 / len(own) for own in choices)
     return of_items(task.name, task.tag, items, chance=chance, scale=PERCENT, details=details)
 
 
@@ -138,7 +138,7 @@ def ask(task: Task, kind: Vqa, live: Live, rows: Sequence[Row], batch_size: int)
     metric = METRICS[kind.metric]
     outcomes = [PERCENT * metric(text, several) for text, several in zip(answers, right, strict=True)]
     items = [Item(row.id, outcome, row.groups) for row, outcome in zip(rows, outcomes, strict=True)]
-    details = {"empty answers": PERCENT * mean(float(not text) for text in answers)}
+    details = {"empty answers": percent(float(not text) for text in answers)}
     return of_items(task.name, task.tag, items, chance=0.0, scale=PERCENT, details=details)
 
 

@@ -135,3 +135,8 @@ def mean(numbers: Iterable[float]) -> float:
     """The mean of at least one number, independent of their order."""
     numbers = list(numbers)
     return math.fsum(numbers) / len(numbers)
+
+
+def percent(shares: Iterable[float]) -> float:
+    """The mean of shares from 0 to 1, in percent: the same number, to the last bit, as the mean of percentages."""
+    return mean(100.0 * share for share in shares)
