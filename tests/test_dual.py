@@ -6,6 +6,8 @@ import itertools
 import json
 import math
 import random
+import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +28,8 @@ from ggez_merge.evaluate.dual import guessed, image_features, ranks, text_featur
 from ggez_merge.evaluate.kinds import Classification, Retrieval, Vqa
 from ggez_merge.evaluate.model import Live, load_model
 from ggez_merge.evaluate.source import Source
-from ggez_merge.evaluate.tasks import Task
+from ggez_merge.evaluate.tasks import Task, evaluation_of
+from ggez_merge.recipe import load_recipe
 from ggez_merge.recipes.emoji.evaluate import GLOBAL_LANGUAGES, PICTURE_SIDE, SEA_LANGUAGES
 
 EMOJI = Path(__file__).parents[1] / "recipes/emoji"
@@ -281,3 +284,27 @@ def test_classification_of_the_shipped_pair_is_retrieval_of_its_distinct_names(g
     result = evaluate(Task("x", "global", Classification("en", (), ("{}",)), gallery), model)
     assert result.score == pytest.approx(to_text, abs=1e-9)
     assert result.details["top-5"] > result.score > 30
+
+
+def test_tasks_of_a_recipe_run_through_one_door(live: Live, captions: Source, tmp_path: Path) -> None:
+    shutil.copytree(captions.paths[0].parent, tmp_path / "data")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        """
+merge_method: linear
+base_model: a
+models: [{model: b}]
+parameters: {ratio: 0.5}
+evaluate:
+  - {name: sea, tag: regional, task: retrieval, data: data/rows.jsonl, images: data/images, image: file, k: [1, 5]}
+  - {name: own, tag: global, command: "python -c 'open(\\"{out}/o.json\\", \\"w\\").write(\\"[7]\\")' {model}",
+     read: {file: o.json, metric: "[0]"}, scale: 10}
+""".replace("python", sys.executable)
+    )
+    sea, own = evaluation_of(load_recipe(recipe)).tasks
+    assert (
+        evaluate(sea, live).details["image_to_text R@5"]
+        == evaluate(retrieval(captions, k=(1, 5)), live).details["image_to_text R@5"]
+    )
+    result = evaluate(own, folder=tmp_path, out=tmp_path / "out")
+    assert (result.name, result.tag, result.score, result.percent) == ("own", "global", 7, 70)

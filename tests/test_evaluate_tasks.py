@@ -61,7 +61,7 @@ def test_every_kind_is_read(here: Path) -> None:
     assert isinstance(command, Command)
     assert command.arguments == ("python", "e.py", "{model}", "{out}/a b")
     assert (command.read.file, command.read.metric) == ("o.json", "a.b")
-    assert (command.scale, command.timeout_s, command.n, command.higher_is_better) == (100, 60, 7, True)
+    assert (command.scale, command.timeout_s, command.n, command.higher_is_better) == (100, 60, 7, None)
 
 
 def test_defaults_are_those_of_the_kinds(here: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,15 @@ QUESTIONS = ["นี่คืออะไร?", "តើនេះជាអ្វ�
 CHOICES = [[TEXTS[i], TEXTS[i + 1], TEXTS[i + 2]][: 2 + i % 2] for i in range(6)]
 RIGHT = [0, 1, 0, 2, 1, 1]
 OPEN = "{question}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small only wait for more."""
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ggez_merge.check import Check
@@ -104,7 +105,8 @@ class Read:
 class Command:
     """A program that is given the candidate's folder and leaves a score in a file.
 
-    arguments: the program and its arguments, {model} and {out} not yet replaced. timeout_s: None: no limit.
+    arguments: the program and its arguments, {model} and {out} not yet replaced. folder: where it runs, the recipe's.
+    timeout_s: None: no limit. higher_is_better: None: as the file says, else true.
     """
 
     arguments: tuple[str, ...]
@@ -114,7 +116,8 @@ class Command:
     scale: float | None = None
     chance: float | None = None
     n: int | None = None
-    higher_is_better: bool = True
+    higher_is_better: bool | None = None
+    folder: Path = Path()
 
 
 LiveKind = Retrieval | Classification | MultipleChoice | Vqa | CaptionLoss
@@ -203,6 +206,7 @@ def read_command(check: Check, where: Where, entry: Entry) -> Command:
     check.required(where, entry, "command")
     check.required(where, entry, "read")
     adapter = check.choice((*where, "adapter"), entry.get("adapter"), ADAPTERS, absent="")
+    direction = entry.get("higher_is_better")
     return Command(
         arguments=_arguments(check, (*where, "command"), entry.get("command")),
         read=_read(check, (*where, "read"), entry.get("read"), adapter),
@@ -211,7 +215,8 @@ def read_command(check: Check, where: Where, entry: Entry) -> Command:
         scale=number(check, (*where, "scale"), entry.get("scale"), 1e-9),
         chance=number(check, (*where, "chance"), entry.get("chance"), 0),
         n=count(check, (*where, "n"), entry.get("n"), 0) or None,
-        higher_is_better=flag(check, (*where, "higher_is_better"), entry.get("higher_is_better"), True),
+        higher_is_better=None if direction is None else flag(check, (*where, "higher_is_better"), direction, True),
+        folder=check.path.parent if check.path else Path(),
     )
 
 
