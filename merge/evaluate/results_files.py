@@ -136,7 +136,7 @@ def _row(path: Path, wanted: Mapping[str, str]) -> dict[str, str]:
 
 def _cell(path: Path, data: Any, name: str) -> float:
     try:
-        value = value_of(data, name) if isinstance(data, Mapping) else value_of({"": data}, f".{name}")
+        value = value_of(data, name) if isinstance(data, Mapping) else value_of({"it": data}, f"it{name}")  # it[0].acc
     except KeyError:
         known = ", ".join(map(str, data)) if isinstance(data, Mapping) else type(data).__name__
         raise Lacking(f"{path} has no {name}; it has {printable(known)}") from None
