@@ -41,7 +41,12 @@ REQUIRES = [
     "xxhash>=3.5",  # lets other threads run meanwhile
 ]
 
+EVALUATE_REQUIRES = [
+    "pyarrow>=18.0",  # numpy 2, Python 3.13
+]
+
 TEST_REQUIRES = [
+    *EVALUATE_REQUIRES,
     'diffusers>=0.42; python_version >= "3.11"',  # the oldest that works with huggingface_hub 2
     "hypothesis>=6.100",
     "kernels>=0.10",  # Hugging Face's package, whose name must stay free: see tests/test_packaging.py
@@ -51,6 +56,7 @@ TEST_REQUIRES = [
     "pre-commit>=4.0",
     "pytest>=8.0",
     "ruff>=0.9",
+    "sacrebleu>=2.3",  # what our chrF is compared with
     "safetensors>=0.8",  # knows every dtype that the header tests compare
     "scipy>=1.13",  # numpy 2; our statistics are compared with its
     "setuptools>=77",  # builds the wheel under test without a network
@@ -88,6 +94,7 @@ setup(
     packages=[
         "ggez_merge",
         "ggez_merge.benchmarks",
+        "ggez_merge.evaluate",
         "ggez_merge.methods",
         "ggez_merge.recipes",
         "ggez_merge.recipes.emoji",
@@ -115,6 +122,6 @@ setup(
     include_package_data=False,
     zip_safe=False,
     install_requires=REQUIRES,
-    extras_require={"test": TEST_REQUIRES},
+    extras_require={"evaluate": EVALUATE_REQUIRES, "test": TEST_REQUIRES},
     entry_points={"console_scripts": ["ggez-merge = ggez_merge.cli:main"]},
 )

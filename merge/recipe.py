@@ -222,7 +222,8 @@ def _link(recipe: Recipe, written: Collection[Path | None]) -> Link:
 def _read(check: Check) -> Recipe:
     top = check.mapping((), check.document.data, RECIPE_KEYS)
     for key in SWEEP_KEYS:
-        check.mapping((key,), top.get(key))
+        if not (key == "evaluate" and isinstance(top.get(key), list)):  # it may be the list of its tasks
+            check.mapping((key,), top.get(key))
     output = check.mapping(("output",), top.get("output"), OUTPUT_KEYS)
     check.required((), top, "merge_method")
     return Recipe(
