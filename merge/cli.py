@@ -141,6 +141,31 @@ def merge_command(
 
 
 @app.command()
+def sweep(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, with `evaluate:` and, if need be, `sweep:`, `select:`.")],
+    out: Annotated[Path | None, typer.Option(help="Output folder; overrides the recipe's `output.path`.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key.")] = None,
+    keep: Annotated[str, typer.Option(help="Which candidates to write: none, best, pareto or all.")] = "best",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier merge.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+) -> None:
+    """Make every candidate, evaluate it, and choose. The same call again goes on where an earlier one was stopped."""
+    from ggez_merge.sweep.keep import KEEP
+
+    if keep not in KEEP:
+        raise typer.BadParameter(f"{keep!r} is none of {', '.join(KEEP)}", param_hint="--keep")
+    with _errors_for_people():
+        from ggez_merge.recipe import load_recipe
+        from ggez_merge.sweep.command import sweep
+
+        def tell(line: str) -> None:
+            if not quiet:
+                print(line, file=sys.stderr)
+
+        sweep(load_recipe(recipe, set_ or ()), out, keep, overwrite, tell)
+
+
+@app.command()
 def verify(folder: Annotated[Path, typer.Argument(help="A merged checkpoint.")]) -> None:
     """Check a merged checkpoint against the hashes in its report."""
     with _errors_for_people():
