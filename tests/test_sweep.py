@@ -135,8 +135,7 @@ def test_what_is_known_is_not_measured_again(recipe: Path, tmp_path: Path) -> No
     assert (finer.measured, finer.reused) == (2, 8)
     first_row = (tmp_path / "names.jsonl").read_text().splitlines()[0]
     with (tmp_path / "names.jsonl").open("a") as file:  # other data, other results
-        file.write(first_row.replace('"codepoints": "', '"codepoints": "x') + "
-")
+        file.write(first_row.replace('"codepoints": "', '"codepoints": "x') + "\n")
     assert run_sweep(loaded, tmp_path / "sweep").measured == 8
 
 
