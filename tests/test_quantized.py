@@ -104,7 +104,7 @@ def test_a_recipe_with_8_bit_weights_is_refused(where: list[str], dtype: Any, ta
         result = command_line("recipe.yaml", "--out", "out", *options, cwd=tmp_path)
         assert (result.returncode, result.stdout) == (2, "")
         assert result.stderr.count("8-bit floats cannot be merged") == len(where)
-        for words in (tag, "tensor:   w\n", "make bfloat16 of them first: ggez_merge.dequantize(weight, scale)"):
+        for words in (tag, "tensor:   w\n", "save them as bfloat16 (tensor.to(torch.bfloat16))"):
             assert words in result.stderr
         assert all(os.path.join(model, "model.safetensors") in result.stderr for model in where)
         assert not (tmp_path / "out").exists()
